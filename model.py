@@ -1,0 +1,346 @@
+"""StefaLand: a masked autoencoder of the land surface, in one file.
+
+A site is its static attributes (terrain, soil, geology, vegetation, climate), its location and its
+daily weather. Groups of variables that could stand in for one another are hidden together, and the
+network reconstructs them (Kraabel et al., arXiv 2509.17942; "A.n" below are its sections).
+
+    embed -> encoder -> project        = encode(), what the downstream heads read
+          -> LSTM -> readouts          = decode(), what pretraining scores
+
+Axes: B sites in the batch, T days, C dynamic variables, S static attributes, D width. NaN = missing.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    """Everything that fixes the network's shape and its masking; stored with every checkpoint."""
+    dynamic_names: tuple = ()      # C daily variables, in the order of the last axis of `forcing`
+    static_names: tuple = ()       # S attributes, in the order of the last axis of `static`
+    dynamic_groups: tuple = ()     # group of each daily variable; empty: every variable by itself
+    static_groups: tuple = ()      # likewise; the group NEVER_HIDDEN is always shown
+    d_model: int = 64              # width D
+    n_heads: int = 4
+    n_layers: int = 2
+    d_ff: int = 128                # hidden width of the feed-forward blocks
+    d_hidden: int = 64             # hidden width of each variable's own two-layer map
+    dropout: float = 0.1           # on the residual branches and the decoder, not on attention weights
+    max_days: int = 365            # longest window; the position table has one more row (static token)
+    degree: int = 6                # highest degree of the spherical harmonics; -1: no location
+    season: bool = True            # add (sin, cos) of the day of year to every day's token
+    windows: int = 3               # hidden windows per sample, each with its own draw of groups
+    window_days: tuple = (30, 90)  # their length is uniform in this range (A.2)
+    p_dynamic: float = 0.5         # chance that a window hides a given dynamic group
+    p_always: float = 0.1          # chance that a dynamic group is hidden over the whole sample
+    p_static: float = 0.3          # chance that a static group is hidden
+    p_location: float = 0.3        # chance that the location is hidden
+    # in these the authors' release differs from the paper's text (StefaLand.from_release)
+    activation: str = "gelu"
+    scale_tokens: bool = False     # tokens times sqrt(D) before the encoder
+    extra_norms: bool = False      # LayerNorm after the encoder and after the LSTM
+    bidirectional: bool = True     # the decoder's LSTM reads both ways
+
+
+PRESETS = {"small": dict(d_model=64, n_heads=4, n_layers=2, d_ff=128),
+           "paper": dict(d_model=256, n_heads=4, n_layers=4, d_ff=512)}
+NEVER_HIDDEN = "context"
+RELEASE = {  # parameter of the authors' release (regular expression) -> ours
+    r"time_series_(embedding|projection)\.embeddings(\d)\.[^.]+\.(w|b)\w+": r"dynamic_\1.\3\2",
+    r"static_(embedding|projection)\.numerical_embeddings(\d)\.[^.]+\.(w|b)\w+": r"static_\1.\3\2",
+    r"time_series_embedding\.masked_values": "dynamic_embedding.mask_vector",
+    r"static_embedding\.masked_values": "static_embedding.mask_vector",
+    r"positional_encoding\.position_embedding": "position",
+    r"encoder\.transformer_encoder\.layers\.(\d+)\.self_attn\.in_proj_(\w+)": r"encoder.\1.qkv.\2",
+    r"encoder\.transformer_encoder\.layers\.(\d+)\.self_attn\.out_proj\.(\w+)": r"encoder.\1.out.\2",
+    r"encoder\.transformer_encoder\.layers\.(\d+)\.(linear|norm)(\d)\.(\w+)": r"encoder.\1.\2\3.\4",
+    r"enc_2_dec_embedding\.(\w+)": r"project.\1",
+    r"(encoder_norm|decoder|decoder_norm)\.(\w+)": r"\1.\2",
+}
+
+
+class StefaLand(nn.Module):
+    """The masked autoencoder. forward() scores hidden entries; encode() serves downstream heads."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, d = config, config.d_model
+        self.config, self.dynamic_names, self.static_names = c, tuple(c.dynamic_names), tuple(c.static_names)
+        n_dynamic, n_static = len(self.dynamic_names), len(self.static_names)
+        self.dynamic_embedding = VariableEmbedding(n_dynamic, d, c.d_hidden)
+        self.static_embedding = VariableEmbedding(n_static, d, c.d_hidden)
+        self.location = LocationEncoding(c.degree, d) if c.degree >= 0 else None
+        self.season = nn.Linear(2, d, bias=False) if c.season else None
+        self.position = nn.Parameter(0.02 * torch.randn(c.max_days + 1, d))
+        self.encoder = nn.ModuleList([EncoderLayer(c) for _ in range(c.n_layers)])
+        self.encoder_norm = nn.LayerNorm(d) if c.extra_norms else nn.Identity()
+        self.project = Linear(d, d)
+        self.decoder = nn.LSTM(d, d // (1 + c.bidirectional), batch_first=True, bidirectional=c.bidirectional)
+        self.decoder_norm = nn.LayerNorm(d) if c.extra_norms else nn.Identity()
+        self.dynamic_projection = VariableProjection(n_dynamic, d, c.d_hidden)
+        self.static_projection = VariableProjection(n_static, d, c.d_hidden)
+
+    def embed(self, forcing, static, latlon=None, day_of_year=None, hidden=None):
+        """T day tokens and, last, the static token with the location: (B, T+1, D) (A.1, A.3)."""
+        self._check(forcing, static)
+        hide_dynamic, hide_static, hide_location = hidden or (None, None, None)
+        days = self.dynamic_embedding(forcing, hide_dynamic)                    # (B, T, D)
+        site = self.static_embedding(static, hide_static)                       # (B, D)
+        if self.season is not None and day_of_year is not None:
+            angle = day_of_year * (2 * math.pi / 365.25)                        # (B, T)
+            days = days + self.season(torch.stack([angle.sin(), angle.cos()], -1))
+        if self.location is not None:
+            latlon = static.new_full((len(static), 2), math.nan) if latlon is None else latlon
+            site = site + self.location(latlon, hide_location)
+        tokens = torch.cat([days, site[:, None]], 1)                            # (B, T+1, D)
+        return dropout(tokens + self.position[:tokens.shape[1]], self._p)
+
+    def encode(self, forcing, static, latlon=None, day_of_year=None, hidden=None):
+        """Embedding of each day and, last, of the site: (B, T, C), (B, S) -> (B, T+1, D) (A.4).
+
+        Inputs are standardised, NaN = missing; latlon (B, 2) in degrees, day_of_year (B, T) from 1;
+        None = not given. ValueError on a wrong number of variables or too long a window.
+        """
+        x = self.embed(forcing, static, latlon, day_of_year, hidden)
+        if self.config.scale_tokens:
+            x = x * math.sqrt(x.shape[-1])
+        for layer in self.encoder:
+            x = layer(x)
+        return self.project(dropout(self.encoder_norm(x), self._p))             # (B, T+1, D)
+
+    def decode(self, encoded):
+        """Reconstruct all variables from the embedding: (B, T+1, D) -> (B, T, C), (B, S) (A.5)."""
+        x, _ = self.decoder(encoded)                                            # (B, T+1, D)
+        x = dropout(self.decoder_norm(x), self._p)
+        return self.dynamic_projection(x[:, :-1]), self.static_projection(x[:, -1:])[:, 0]
+
+    def forward(self, forcing, static, latlon=None, day_of_year=None, hidden=None):
+        """Squared error summed over entries that are hidden *and observed*, and their number.
+
+        Two tensors (2,): dynamic and static. masked_loss() makes the objective of them.
+        """
+        hidden = hidden or self.draw_masks(*forcing.shape[:2])
+        outputs = self.decode(self.encode(forcing, static, latlon, day_of_year, hidden))
+        errors, counts = [], []
+        for output, truth, hide in zip(outputs, (forcing, static), hidden):
+            scored = hide & ~truth.isnan()
+            errors.append(((output.float() - truth.nan_to_num()) * scored).square().sum())
+            counts.append(scored.sum())
+        return torch.stack(errors), torch.stack(counts)
+
+    def draw_masks(self, B, T, generator=None):
+        """Hide whole groups (CVGM, A.2): bool (B, T, C) dynamic, (B, S) static, (B,) location."""
+        c, device = self.config, self.position.device
+        dynamic_group, static_group = (torch.tensor([[*dict.fromkeys(groups)].index(g) for g in groups],
+                                                    dtype=torch.long, device=device) for groups in
+                                       (c.dynamic_groups or c.dynamic_names, c.static_groups or c.static_names))
+        n_dynamic, n_static = len(set(dynamic_group.tolist())), len(set(static_group.tolist()))
+        maskable = torch.tensor([g != NEVER_HIDDEN for g in c.static_groups or c.static_names], device=device)
+
+        def uniform(*shape):
+            return torch.rand(*shape, generator=generator, device=device)
+
+        low, high = (min(days, T) for days in c.window_days)
+        length = low + (uniform(B, c.windows) * (high - low + 1)).long()        # (B, windows)
+        start = (uniform(B, c.windows) * (T - length + 1)).long()
+        day = torch.arange(T, device=device)[:, None]
+        inside = (day >= start[:, None]) & (day < (start + length)[:, None])    # (B, T, windows)
+        drawn = uniform(B, c.windows, n_dynamic) < c.p_dynamic                  # (B, windows, groups)
+        hide_dynamic = (inside.float() @ drawn.float() > 0) | (uniform(B, 1, n_dynamic) < c.p_always)
+        hide_static = uniform(B, n_static) < c.p_static                         # (B, groups)
+        return (hide_dynamic[:, :, dynamic_group], hide_static[:, static_group] & maskable,
+                uniform(B) < c.p_location)
+
+    @classmethod
+    def from_release(cls, state, heads):
+        """The authors' MFFormer_dec_LSTM from its state dict; encode() then equals theirs.
+
+        Every key is used, one of them approximately: they index the static mask *values* by row of
+        the batch, we embed their mean. ValueError lists keys left over or missing.
+        """
+        theirs, left_over = {}, []
+        for key, value in state.items():
+            ours = [re.sub(pattern, name, key) for pattern, name in RELEASE.items() if re.fullmatch(pattern, key)]
+            if ours:
+                theirs.setdefault(ours[0].replace("linear", "ff"), {})[key] = torch.as_tensor(value)
+            else:
+                left_over.append(key)
+        values = {name: torch.cat([*parts.values()], dim=int(name.endswith("embedding.w2")))
+                  for name, parts in theirs.items()}
+        names = [tuple(key.split(".")[-2] for key in theirs[kind + "_embedding.w1"])
+                 for kind in ("dynamic", "static")]
+        model = cls(Config(*names, d_model=values["position"].shape[1], d_ff=len(values["encoder.0.ff1.bias"]),
+                           n_heads=heads, n_layers=sum(name.endswith("qkv.bias") for name in values),
+                           max_days=len(values["position"]) - 1, degree=-1, season=False, activation="relu",
+                           scale_tokens=True, extra_norms=True, bidirectional=False))
+        mean = values.pop("static_embedding.mask_vector").mean(0)               # (S,)
+        missing = sorted(set(model.state_dict()) - set(values) - {"static_embedding.mask_vector"})
+        if missing or left_over:
+            raise ValueError(f"release state: missing {missing}, not understood {left_over}")
+        own = model.state_dict()
+        own.update({name: value.reshape(own[name].shape) for name, value in values.items()})
+        model.load_state_dict(own)
+        with torch.no_grad():                               # each variable's map applied to its mean alone
+            alone = torch.where(torch.eye(len(mean), dtype=torch.bool), mean, math.nan)
+            empty = model.static_embedding.mask_vector.zero_()
+            empty.copy_(model.static_embedding(alone))
+        return model
+
+    @property
+    def _p(self):
+        return self.config.dropout if self.training else 0.0
+
+    def _check(self, forcing, static):
+        for kind, given, known in (("dynamic", forcing.shape[-1], self.dynamic_names),
+                                   ("static", static.shape[-1], self.static_names)):
+            if given != len(known):
+                raise ValueError(f"{given} {kind} variables given, the model has {len(known)}: {known}")
+        if forcing.shape[1] > self.config.max_days:
+            raise ValueError(f"a window of {forcing.shape[1]} days, positions end at {self.config.max_days}")
+        if len(static) != len(forcing):
+            raise ValueError(f"forcing of {len(forcing)} sites, static attributes of {len(static)}")
+        if forcing.isnan().all() and static.isnan().all():
+            raise ValueError("every value of the batch is missing (NaN)")
+
+
+class VariableEmbedding(nn.Module):
+    """One two-layer map per variable, summed (A.1): (..., V) values -> (..., D) token."""
+
+    def __init__(self, n_variables, d_model, d_hidden):
+        super().__init__()
+        fan_in = max(n_variables, 1) * d_hidden
+        self.w1 = nn.Parameter(torch.randn(n_variables, d_hidden))
+        self.b1 = nn.Parameter(torch.randn(n_variables, d_hidden))
+        self.w2 = nn.Parameter(fan_in ** -0.5 * torch.randn(d_model, n_variables * d_hidden))
+        self.b2 = nn.Parameter(torch.zeros(n_variables, d_model))
+        self.mask_vector = nn.Parameter(0.02 * torch.randn(n_variables, d_model))
+
+    def forward(self, x, hide=None):
+        """Entries that are NaN or in `hide` become the variable's learned mask vector."""
+        seen = ~x.isnan() if hide is None else ~(x.isnan() | hide)              # (..., V)
+        seen = seen.to(x.dtype)
+        h = F.gelu(x.nan_to_num()[..., None] * self.w1 + self.b1)               # (..., V, hidden)
+        h = (h * seen[..., None]).flatten(-2)                                   # (..., V hidden)
+        # side by side, zeroed where hidden, one product: the sum of V separate second layers
+        return linear(h, self.w2, self.mask_vector.sum(0)) + seen @ (self.b2 - self.mask_vector)
+
+
+class VariableProjection(nn.Module):
+    """One two-layer map per variable, back to its value (A.5): (..., D) -> (..., V)."""
+
+    def __init__(self, n_variables, d_model, d_hidden):
+        super().__init__()
+        self.w1 = nn.Parameter(d_model ** -0.5 * torch.randn(n_variables * d_hidden, d_model))
+        self.b1 = nn.Parameter(torch.zeros(n_variables * d_hidden))
+        self.w2 = nn.Parameter(d_hidden ** -0.5 * torch.randn(n_variables, d_hidden))
+        self.b2 = nn.Parameter(torch.zeros(n_variables))
+
+    def forward(self, x):
+        h = F.gelu(linear(x, self.w1, self.b1))                                 # (..., V hidden)
+        return h @ torch.block_diag(*self.w2[:, None]).T + self.b2              # (..., V)
+
+
+class LocationEncoding(nn.Module):
+    """Where on the sphere: spherical harmonics -> small MLP, (B, 2) degrees -> (B, D).
+
+    NaN coordinates, and those in `hide`, become a learned "no location" vector.
+    """
+
+    def __init__(self, degree, d_model):
+        super().__init__()
+        self.degree, self.nowhere = degree, nn.Parameter(0.02 * torch.randn(d_model))
+        self.mlp = nn.Sequential(nn.Linear((degree + 1) ** 2, d_model), nn.GELU(), nn.Linear(d_model, d_model))
+
+    def forward(self, latlon, hide=None):
+        unknown = latlon.isnan().any(-1)
+        unknown = unknown if hide is None else unknown | hide
+        basis = spherical_harmonics(latlon.nan_to_num(), self.degree) * math.sqrt(4 * math.pi)
+        return torch.where(unknown[:, None], self.nowhere, self.mlp(basis.to(latlon.dtype)))
+
+
+def spherical_harmonics(latlon, degree):
+    """Real orthonormal spherical harmonics of degrees 0..degree: (B, 2) -> (B, (degree+1)^2).
+
+    The normalised Legendre functions come from the recurrence in degree that is stable (Holmes and
+    Featherstone 2002, doi 10.1007/s00190-002-0216-2), in double precision.
+    """
+    lat, lon = latlon.double().deg2rad().unbind(-1)
+    z, r = lat.sin(), lat.cos()
+    legendre = {(0, 0): torch.full_like(z, (4 * math.pi) ** -0.5)}
+    for m in range(degree + 1):
+        if m > 0:
+            legendre[m, m] = math.sqrt((2 * m + 1) / (2 * m)) * r * legendre[m - 1, m - 1]
+        for n in range(m + 1, degree + 1):
+            a = math.sqrt((4 * n * n - 1) / (n * n - m * m))
+            b = math.sqrt(((n - 1) ** 2 - m * m) / (4 * (n - 1) ** 2 - 1))
+            legendre[n, m] = a * (z * legendre[n - 1, m] - b * legendre.get((n - 2, m), 0))
+    basis = []
+    for n in range(degree + 1):
+        basis += [math.sqrt(2) * legendre[n, m] * (m * lon).sin() for m in range(n, 0, -1)]
+        basis += [legendre[n, 0]]
+        basis += [math.sqrt(2) * legendre[n, m] * (m * lon).cos() for m in range(1, n + 1)]
+    return torch.stack(basis, -1)                                               # (B, (degree+1)^2)
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm Transformer layer (A.4): self-attention, add, norm; feed-forward, add, norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, self.heads, self.p = config.d_model, config.n_heads, config.dropout
+        self.activation = {"gelu": F.gelu, "relu": F.relu}[config.activation]
+        self.qkv, self.out = Linear(d, 3 * d), Linear(d, d)
+        self.ff1, self.ff2 = Linear(d, config.d_ff), Linear(config.d_ff, d)
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+
+    def forward(self, x):
+        p = self.p if self.training else 0.0
+        x = self.norm1(x + dropout(self.attention(x), p))
+        return self.norm2(x + dropout(self.ff2(self.activation(self.ff1(x))), p))
+
+    def attention(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, T, D/h)
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:   # plain products are 2x faster there
+            mixed = torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, -1) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)                     # (B, h, T, D/h)
+        return self.out(mixed.transpose(1, 2).flatten(2))                       # (B, T, D)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by way of linear() below."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x, weight, bias):
+    """F.linear; (B, T, in) on the CPU as a 1x1 convolution, whose kernels train up to 1.9x faster."""
+    if x.device.type != "cpu" or x.dim() != 3:
+        return F.linear(x, weight, bias)
+    x = x.transpose(1, 2).unsqueeze(2)                                          # (B, in, 1, T)
+    return F.conv2d(x, weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)   # (B, T, out)
+
+
+def dropout(x, p):
+    """Dropout; on the CPU one 64-bit random number serves eight elements (p in steps of 1/256)."""
+    if p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p, training=p > 0)
+    cut = round(256 * p)
+    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2 ** 63, None)
+    keep = (words.view(torch.uint8)[:x.numel()] >= cut).view_as(x)
+    return x * keep.to(x.dtype).mul_(256 / (256 - cut))
+
+
+def masked_loss(errors, counts):
+    """The objective from forward()'s sums: dynamic mean squared error + 0.5 x static (A.5)."""
+    if not counts.any():
+        raise ValueError("no entry of the batch is both hidden and observed: nothing to learn from")
+    dynamic, static = errors / counts.clamp(min=1)
+    return dynamic + 0.5 * static
