@@ -12,6 +12,7 @@ never trained on.
 """
 
 import argparse
+import ast
 import ctypes
 import dataclasses
 import math
@@ -39,6 +40,7 @@ class Options:
     data: str = option("synthetic", "synthetic, or sources joined by commas: caravan:DIR,camels:DIR")
     out: str = option("out", "folder of the checkpoint and of the cache of parsed archives")
     preset: str = option("small", f"size of the network and of its training: {' or '.join(PRESETS)}")
+    config: str = option("", "changes to fields of model.Config, such as dropout=0,p_static=0.5")
     steps: int = option(0, "optimiser steps; 0: the preset's")
     batch_size: int = option(0, "windows per step over all processes; 0: the preset's")
     lr: float = option(0.0, "peak learning rate (warm-up, then cosine); 0: the preset's")
@@ -76,9 +78,10 @@ def train(o):
         + (f", fold {o.fold} of {o.folds} ({o.holdout}) left out" if o.holdout else ""))
 
     torch.manual_seed(o.seed)
+    groups = (tuple(map(data.group_of, names)) for names in (sites.dynamic_names, sites.static_names))
+    changes = {k: ast.literal_eval(v) for k, _, v in (c.partition("=") for c in o.config.split(",") if c)}
     config = Config(**saved["config"]) if saved else Config(
-        sites.dynamic_names, sites.static_names, *(tuple(map(data.group_of, names)) for names in
-        (sites.dynamic_names, sites.static_names)), max_days=o.seq_len, **PRESETS[o.preset])
+        sites.dynamic_names, sites.static_names, *groups, max_days=o.seq_len, **PRESETS[o.preset] | changes)
     if saved and (sites.dynamic_names, sites.static_names) != (config.dynamic_names, config.static_names):
         raise ValueError(f"--resume: {o.data} has other variables than the checkpoint's {saved['options']['data']}")
     model = StefaLand(config).to(device)
@@ -135,7 +138,7 @@ def train(o):
         stop = [1] * int(counts[2] > 0)
         if step % o.save_every == 0 or step == o.steps or stop:
             save()
-        if time.time() - shown > 2 or step == o.steps:
+        if time.time() - shown > 10 or step == o.steps:
             shown, seconds = time.time(), (time.time() - started) / (step - first)
             dynamic, static = (errors.detach() * world / counts[:2].clamp(min=1)).tolist()
             say(f"step {step}/{o.steps}  masked loss dynamic {dynamic:.3f} static {static:.3f}  "
