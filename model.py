@@ -7,7 +7,7 @@ network reconstructs them (Kraabel et al., arXiv 2509.17942; "A.n" below are its
     embed -> encoder -> project        = encode(), what the downstream heads read
           -> LSTM -> readouts          = decode(), what pretraining scores
 
-Axes: B sites in the batch, T days, C dynamic variables, S static attributes, D width. NaN = missing.
+Axes: B sites in a batch, T days, C dynamic variables, S static attributes, D width. NaN = missing.
 """
 
 import math
@@ -31,8 +31,8 @@ class Config:
     n_layers: int = 2
     d_ff: int = 128                # hidden width of the feed-forward blocks
     d_hidden: int = 64             # hidden width of each variable's own two-layer map
-    dropout: float = 0.1           # on the residual branches and the decoder, not on attention weights
-    max_days: int = 365            # longest window; the position table has one more row (static token)
+    dropout: float = 0.1           # on residual branches and decoder, not on attention
+    max_days: int = 365            # longest window (one more position: the static token)
     degree: int = 6                # highest degree of the spherical harmonics; -1: no location
     season: bool = True            # add (sin, cos) of the day of year to every day's token
     windows: int = 3               # hidden windows per sample, each with its own draw of groups
@@ -57,9 +57,9 @@ RELEASE = {  # parameter of the authors' release (regular expression) -> ours
     r"time_series_embedding\.masked_values": "dynamic_embedding.mask_vector",
     r"static_embedding\.masked_values": "static_embedding.mask_vector",
     r"positional_encoding\.position_embedding": "position",
-    r"encoder\.transformer_encoder\.layers\.(\d+)\.self_attn\.in_proj_(\w+)": r"encoder.\1.qkv.\2",
-    r"encoder\.transformer_encoder\.layers\.(\d+)\.self_attn\.out_proj\.(\w+)": r"encoder.\1.out.\2",
-    r"encoder\.transformer_encoder\.layers\.(\d+)\.(linear|norm)(\d)\.(\w+)": r"encoder.\1.\2\3.\4",
+    r"encoder\..*layers\.(\d+)\.self_attn\.in_proj_(\w+)": r"encoder.\1.qkv.\2",
+    r"encoder\..*layers\.(\d+)\.self_attn\.out_proj\.(\w+)": r"encoder.\1.out.\2",
+    r"encoder\..*layers\.(\d+)\.(linear|norm)(\d)\.(\w+)": r"encoder.\1.\2\3.\4",
     r"enc_2_dec_embedding\.(\w+)": r"project.\1",
     r"(encoder_norm|decoder|decoder_norm)\.(\w+)": r"\1.\2",
 }
@@ -70,8 +70,8 @@ class StefaLand(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c, d = config, config.d_model
-        self.config, self.dynamic_names, self.static_names = c, tuple(c.dynamic_names), tuple(c.static_names)
+        self.config, c, d = config, config, config.d_model
+        self.dynamic_names, self.static_names = tuple(c.dynamic_names), tuple(c.static_names)
         n_dynamic, n_static = len(self.dynamic_names), len(self.static_names)
         self.dynamic_embedding = VariableEmbedding(n_dynamic, d, c.d_hidden)
         self.static_embedding = VariableEmbedding(n_static, d, c.d_hidden)
@@ -81,7 +81,8 @@ class StefaLand(nn.Module):
         self.encoder = nn.ModuleList([EncoderLayer(c) for _ in range(c.n_layers)])
         self.encoder_norm = nn.LayerNorm(d) if c.extra_norms else nn.Identity()
         self.project = Linear(d, d)
-        self.decoder = nn.LSTM(d, d // (1 + c.bidirectional), batch_first=True, bidirectional=c.bidirectional)
+        self.decoder = nn.LSTM(d, d // (1 + c.bidirectional), batch_first=True,
+                               bidirectional=c.bidirectional)
         self.decoder_norm = nn.LayerNorm(d) if c.extra_norms else nn.Identity()
         self.dynamic_projection = VariableProjection(n_dynamic, d, c.d_hidden)
         self.static_projection = VariableProjection(n_static, d, c.d_hidden)
@@ -118,7 +119,7 @@ class StefaLand(nn.Module):
         """Reconstruct all variables from the embedding: (B, T+1, D) -> (B, T, C), (B, S) (A.5)."""
         x, _ = self.decoder(encoded)                                            # (B, T+1, D)
         x = dropout(self.decoder_norm(x), self._p)
-        return self.dynamic_projection(x[:, :-1]), self.static_projection(x[:, -1:])[:, 0]
+        return self.dynamic_projection(x)[:, :-1], self.static_projection(x[:, -1:])[:, 0]
 
     def forward(self, forcing, static, latlon=None, day_of_year=None, hidden=None):
         """Squared error summed over entries that are hidden *and observed*, and their number.
@@ -137,11 +138,11 @@ class StefaLand(nn.Module):
     def draw_masks(self, B, T, generator=None):
         """Hide whole groups (CVGM, A.2): bool (B, T, C) dynamic, (B, S) static, (B,) location."""
         c, device = self.config, self.position.device
-        dynamic_group, static_group = (torch.tensor([[*dict.fromkeys(groups)].index(g) for g in groups],
-                                                    dtype=torch.long, device=device) for groups in
-                                       (c.dynamic_groups or c.dynamic_names, c.static_groups or c.static_names))
-        n_dynamic, n_static = len(set(dynamic_group.tolist())), len(set(static_group.tolist()))
-        maskable = torch.tensor([g != NEVER_HIDDEN for g in c.static_groups or c.static_names], device=device)
+
+        def one_hot(groups):                                # (groups, variables), context left out
+            order = [*dict.fromkeys(groups)]
+            return torch.tensor([[g == row != NEVER_HIDDEN for g in groups] for row in order],
+                                dtype=torch.float, device=device).view(len(order), len(groups))
 
         def uniform(*shape):
             return torch.rand(*shape, generator=generator, device=device)
@@ -151,11 +152,13 @@ class StefaLand(nn.Module):
         start = (uniform(B, c.windows) * (T - length + 1)).long()
         day = torch.arange(T, device=device)[:, None]
         inside = (day >= start[:, None]) & (day < (start + length)[:, None])    # (B, T, windows)
-        drawn = uniform(B, c.windows, n_dynamic) < c.p_dynamic                  # (B, windows, groups)
-        hide_dynamic = (inside.float() @ drawn.float() > 0) | (uniform(B, 1, n_dynamic) < c.p_always)
-        hide_static = uniform(B, n_static) < c.p_static                         # (B, groups)
-        return (hide_dynamic[:, :, dynamic_group], hide_static[:, static_group] & maskable,
-                uniform(B) < c.p_location)
+        dynamic = one_hot(c.dynamic_groups or c.dynamic_names)
+        static = one_hot(c.static_groups or c.static_names)
+        drawn = uniform(B, c.windows, len(dynamic)) < c.p_dynamic               # (B, windows, groups)
+        always = uniform(B, 1, len(dynamic)) < c.p_always                       # (B, 1, groups)
+        hide_dynamic = (inside.float() @ drawn.float() + always) @ dynamic > 0  # (B, T, C)
+        hide_static = (uniform(B, len(static)) < c.p_static).float() @ static > 0
+        return hide_dynamic, hide_static, uniform(B) < c.p_location
 
     @classmethod
     def from_release(cls, state, heads):
@@ -164,32 +167,33 @@ class StefaLand(nn.Module):
         Every key is used, one of them approximately: they index the static mask *values* by row of
         the batch, we embed their mean. ValueError lists keys left over or missing.
         """
-        theirs, left_over = {}, []
+        theirs = {}                                         # our name -> {their key: value}
         for key, value in state.items():
-            ours = [re.sub(pattern, name, key) for pattern, name in RELEASE.items() if re.fullmatch(pattern, key)]
-            if ours:
-                theirs.setdefault(ours[0].replace("linear", "ff"), {})[key] = torch.as_tensor(value)
-            else:
-                left_over.append(key)
+            ours = [re.sub(pattern, name, key) for pattern, name in RELEASE.items()
+                    if re.fullmatch(pattern, key)] or ["not understood"]
+            theirs.setdefault(ours[0].replace("linear", "ff"), {})[key] = torch.as_tensor(value)
+        left_over = [*theirs.pop("not understood", ())]
         values = {name: torch.cat([*parts.values()], dim=int(name.endswith("embedding.w2")))
                   for name, parts in theirs.items()}
         names = [tuple(key.split(".")[-2] for key in theirs[kind + "_embedding.w1"])
                  for kind in ("dynamic", "static")]
-        model = cls(Config(*names, d_model=values["position"].shape[1], d_ff=len(values["encoder.0.ff1.bias"]),
-                           n_heads=heads, n_layers=sum(name.endswith("qkv.bias") for name in values),
-                           max_days=len(values["position"]) - 1, degree=-1, season=False, activation="relu",
-                           scale_tokens=True, extra_norms=True, bidirectional=False))
-        mean = values.pop("static_embedding.mask_vector").mean(0)               # (S,)
-        missing = sorted(set(model.state_dict()) - set(values) - {"static_embedding.mask_vector"})
+        positions, d = values["position"].shape
+        model = cls(Config(
+            *names, d_model=d, d_ff=len(values["encoder.0.ff1.bias"]), n_heads=heads,
+            n_layers=sum(name.endswith("qkv.bias") for name in values), max_days=positions - 1,
+            degree=-1, season=False, activation="relu", scale_tokens=True, extra_norms=True,
+            bidirectional=False))
+        own = model.state_dict()
+        missing = sorted(own.keys() - values.keys())
         if missing or left_over:
             raise ValueError(f"release state: missing {missing}, not understood {left_over}")
-        own = model.state_dict()
+        mean = values.pop("static_embedding.mask_vector").mean(0)               # (S,)
         own.update({name: value.reshape(own[name].shape) for name, value in values.items()})
         model.load_state_dict(own)
-        with torch.no_grad():                               # each variable's map applied to its mean alone
+        with torch.no_grad():                               # every map applied to its mean alone
             alone = torch.where(torch.eye(len(mean), dtype=torch.bool), mean, math.nan)
-            empty = model.static_embedding.mask_vector.zero_()
-            empty.copy_(model.static_embedding(alone))
+            vectors = model.static_embedding.mask_vector.zero_()
+            vectors.copy_(model.static_embedding(alone))
         return model
 
     @property
@@ -200,9 +204,10 @@ class StefaLand(nn.Module):
         for kind, given, known in (("dynamic", forcing.shape[-1], self.dynamic_names),
                                    ("static", static.shape[-1], self.static_names)):
             if given != len(known):
-                raise ValueError(f"{given} {kind} variables given, the model has {len(known)}: {known}")
+                raise ValueError(f"{given} {kind} variables, the model has {len(known)}: {known}")
         if forcing.shape[1] > self.config.max_days:
-            raise ValueError(f"a window of {forcing.shape[1]} days, positions end at {self.config.max_days}")
+            raise ValueError(f"a window of {forcing.shape[1]} days, the model's positions end at "
+                             f"{self.config.max_days}")
         if len(static) != len(forcing):
             raise ValueError(f"forcing of {len(forcing)} sites, static attributes of {len(static)}")
         if forcing.isnan().all() and static.isnan().all():
@@ -255,7 +260,8 @@ class LocationEncoding(nn.Module):
     def __init__(self, degree, d_model):
         super().__init__()
         self.degree, self.nowhere = degree, nn.Parameter(0.02 * torch.randn(d_model))
-        self.mlp = nn.Sequential(nn.Linear((degree + 1) ** 2, d_model), nn.GELU(), nn.Linear(d_model, d_model))
+        self.mlp = nn.Sequential(nn.Linear((degree + 1) ** 2, d_model), nn.GELU(),
+                                 nn.Linear(d_model, d_model))
 
     def forward(self, latlon, hide=None):
         unknown = latlon.isnan().any(-1)
@@ -305,8 +311,9 @@ class EncoderLayer(nn.Module):
         return self.norm2(x + dropout(self.ff2(self.activation(self.ff1(x))), p))
 
     def attention(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, T, D/h)
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:   # plain products are 2x faster there
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                    # (B, T, 3, h, D/h)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, h, T, D/h) each
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # plain products: 2x faster
             mixed = torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, -1) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v)                     # (B, h, T, D/h)
@@ -321,7 +328,7 @@ class Linear(nn.Linear):
 
 
 def linear(x, weight, bias):
-    """F.linear; (B, T, in) on the CPU as a 1x1 convolution, whose kernels train up to 1.9x faster."""
+    """F.linear; (B, T, in) on the CPU as a 1x1 convolution, whose kernels are up to 1.9x faster."""
     if x.device.type != "cpu" or x.dim() != 3:
         return F.linear(x, weight, bias)
     x = x.transpose(1, 2).unsqueeze(2)                                          # (B, in, 1, T)

@@ -310,9 +310,9 @@ def test_folds():
 def test_scaling():
     rng = np.random.default_rng(0)
     x = np.stack([rng.gamma(0.3, 5, 5000), rng.normal(3, 2, 5000), np.full(5000, np.nan), np.full(5000, 7.0)], 1)
-    scaling = data.fit_scaling(x)
-    y = data.scale(x, scaling)
-    assert list(scaling[0]) == [1, 0, 0, 0] and np.isnan(y[:, 2]).all() and (y[:, 3] == 0).all()
+    scaling = train.fit_scaling(x)
+    y = train.scale(x, scaling)
+    assert scaling[0].tolist() == [1, 0, 0, 0] and np.isnan(y[:, 2]).all() and (y[:, 3] == 0).all()
     assert np.abs(y[:, :2].mean(0)).max() < 1e-5 and np.abs(y[:, :2].std(0) - 1).max() < 1e-4
 
 
@@ -369,7 +369,7 @@ def test_checkpoint_and_holdout():
     m = model.StefaLand(model.Config(**saved["config"]))
     m.load_state_dict(saved["model"])
     training = np.isin(sites.ids, saved["ids"])
-    assert np.allclose(saved["scaling"]["static"], data.fit_scaling(sites.static[training]), equal_nan=True)
+    assert np.allclose(saved["scaling"]["static"], train.fit_scaling(sites.static[training]), equal_nan=True)
 
 
 def test_nonfinite_loss_stops_and_keeps_the_checkpoint():
