@@ -260,7 +260,8 @@ def read_table(path, numeric, text=(), delimiter=",", header=None, lines=slice(0
             try:
                 values = [float(missing.get(v, v)) for v in column]
             except ValueError as error:
-                raise ValueError(f"{path}, column {name}: {error}") from None
+                line = [v in str(error) for v in map(repr, column)].index(True) + lines.start
+                raise ValueError(f"{path}, line {line + 1 + (not header)}: {error}") from None
             table[name] = np.where(np.less(values, -998), np.nan, values).astype(np.float32)
     return table
 

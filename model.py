@@ -154,8 +154,8 @@ class StefaLand(nn.Module):
         inside = (day >= start[:, None]) & (day < (start + length)[:, None])    # (B, T, windows)
         dynamic = one_hot(c.dynamic_groups or c.dynamic_names)
         static = one_hot(c.static_groups or c.static_names)
-        drawn = uniform(B, c.windows, len(dynamic)) < c.p_dynamic               # (B, windows, groups)
-        always = uniform(B, 1, len(dynamic)) < c.p_always                       # (B, 1, groups)
+        drawn = uniform(B, c.windows, len(dynamic)) < c.p_dynamic           # (B, windows, groups)
+        always = uniform(B, 1, len(dynamic)) < c.p_always                   # (B, 1, groups)
         hide_dynamic = (inside.float() @ drawn.float() + always) @ dynamic > 0  # (B, T, C)
         hide_static = (uniform(B, len(static)) < c.p_static).float() @ static > 0
         return hide_dynamic, hide_static, uniform(B) < c.p_location
@@ -312,7 +312,7 @@ class EncoderLayer(nn.Module):
 
     def attention(self, x):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                    # (B, T, 3, h, D/h)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, h, T, D/h) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, h, T, D/h)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # plain products: 2x faster
             mixed = torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, -1) @ v
         else:

@@ -61,7 +61,7 @@ TRAINING = {"small": dict(steps=1200, batch_size=32, lr=2e-3),
 
 
 def train(o, sites):
-    """All of pretraining. Returns the median seconds of a step, the model and the dtype."""
+    """All of pretraining. Returns the median seconds of a step and the model."""
     rank, world, device = setup(o.device)
     say = print if rank == 0 else lambda *args, **kwargs: None
     checkpoint, saved = Path(o.out) / "pretrained.pt", None
@@ -89,9 +89,9 @@ def train(o, sites):
         say(f"resuming at step {step}")
     windows = Windows(sites, scaling, o.seq_len)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    dtype = choose_dtype(o.dtype, device, config.d_model)
+    o.dtype = choose_dtype(o.dtype, device, config.d_model)     # kept for --resume
     size = sum(p.numel() for p in model.parameters())
-    say(f"{size:,} parameters, {device}, {dtype}, {world} process(es)")
+    say(f"{size:,} parameters, {device}, {o.dtype}, {world} process(es)")
 
     stop, seconds, shown = [], [], 0.0
     for number in (signal.SIGINT, signal.SIGTERM):          # Ctrl-C ends the loop after a step
@@ -111,7 +111,7 @@ def train(o, sites):
         for group in optimizer.param_groups:
             group["lr"] = o.lr * learning_rate(step / o.steps)
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
             errors, counts = wrapped(*batch, hidden=[h[share] for h in hidden])
         counts = torch.cat([counts, counts.new_tensor([len(stop)])])
         if world > 1:                                       # the mean is over the whole batch
@@ -145,7 +145,7 @@ def train(o, sites):
         report(model, windows, training, validation, device)
     if world > 1:
         dist.destroy_process_group()
-    return np.median(seconds[2:]), model, dtype
+    return np.median(seconds[2:]), model
 
 
 class Windows:
@@ -222,6 +222,8 @@ def report(model, windows, training, validation, device, repeats=4):
 
 def r_squared(truth, guess):
     """1 - SSE/SST per column over observed entries, mean over columns: (N, V), (N, V) -> float."""
+    seen = ~np.isnan(truth).all(0)
+    truth, guess = truth[:, seen], guess[:, seen]
     sse, sst = np.nansum((truth - guess) ** 2, 0), np.nansum((truth - np.nanmean(truth, 0)) ** 2, 0)
     return float(np.mean(1 - sse / sst))
 
@@ -285,13 +287,13 @@ def setup(device):
 
 
 def choose_dtype(asked, device, width):
-    """"auto" -> bfloat16 where it is 1.7 times as fast as float32 at this width, else float32."""
+    """"auto" -> bfloat16 on CUDA, and on CPUs where wide products are 1.7 times as fast in it."""
     if asked != "auto":
         return asked
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    fast = product_speed("bfloat16", device, width) > 1.7 * product_speed("float32", device, width)
-    return "bfloat16" if fast else "float32"
+    speed = {dtype: product_speed(dtype, device, width) for dtype in ("float32", "bfloat16")}
+    return "bfloat16" if width >= 128 and speed["bfloat16"] > 1.7 * speed["float32"] else "float32"
 
 
 def product_speed(dtype, device, width):
@@ -308,20 +310,20 @@ def product_speed(dtype, device, width):
 
 
 def benchmark(o):
-    """Time train() on random data, 6 daily and 26 static variables; print speed and share of peak."""
+    """Time train() on random data, 6 daily and 26 static variables; print its speed."""
     o.steps, rng, T = 10, np.random.default_rng(0), o.seq_len
     sites = data.Sites(np.arange(64).astype(str), rng.standard_normal((64, 2), np.float32),
                        rng.standard_normal((64, 26), np.float32),
                        rng.standard_normal((64, T, 6), np.float32), None,
                        np.datetime64("2000-01-01") + np.arange(T), tuple(map(str, range(26))),
                        tuple("abcdef"))
-    seconds, model, dtype = train(o, sites)
+    seconds, model = train(o, sites)
     matrices = sum(p.numel() for k, p in model.named_parameters()
                    if p.dim() == 2 and not k.startswith(("static", "location", "position")))
     attention = 12 * len(model.encoder) * (T + 1) ** 2 * model.config.d_model
     flop = 6 * matrices * (T + 1) + attention                                   # per sample
-    rate, peak = o.batch_size / seconds, product_speed(dtype, model.position.device, 1024)
-    print(f"{rate:.1f} samples/s, batch {o.batch_size}, {dtype}, {torch.get_num_threads()} threads; "
+    rate, peak = o.batch_size / seconds, product_speed(o.dtype, model.position.device, 1024)
+    print(f"{rate:.1f} samples/s, batch {o.batch_size}, {o.dtype}, {torch.get_num_threads()} threads; "
           f"{rate * flop / 1e9:.0f} GFLOP/s, {rate * flop / 1e9 / peak:.0%} of a large product's")
 
 
