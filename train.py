@@ -44,7 +44,7 @@ class Options:
     batch_size: int = option(0, "windows per step, over all processes; 0: the preset's")
     lr: float = option(0.0, "peak learning rate (warm-up, then cosine); 0: the preset's")
     seq_len: int = option(365, "days in a window")
-    holdout: str = option("", "pub (random sites) or pur (regions): a fold of sites is left out")
+    holdout: str = option("pub", "the fold left out: pub (random sites), pur (regions) or none")
     folds: int = option(5, "number of folds of --holdout")
     fold: int = option(0, "the fold that --holdout leaves out")
     seed: int = option(0, "of weights, windows and masks (the folds have their own)")
@@ -67,7 +67,7 @@ def train(o, sites):
     checkpoint, saved = Path(o.out) / "pretrained.pt", None
     training, validation = split(sites, o)
     say(f"{len(training)} sites to train on, {len(validation)} to validate on"
-        + f", fold {o.fold} of {o.folds} ({o.holdout}) left out" * bool(o.holdout))
+        + f", fold {o.fold} of {o.folds} ({o.holdout}) left out" * (o.holdout != "none"))
 
     torch.manual_seed(o.seed)
     names = dict(dynamic_names=sites.dynamic_names, static_names=sites.static_names)
@@ -268,7 +268,8 @@ def learning_rate(progress):
 def split(sites, o):
     """Indices of training and validation sites (a tenth); the fold held out is in neither."""
     tenth = data.folds(sites, "pub", 10, seed=1) == 0
-    kept = data.folds(sites, o.holdout, o.folds) != o.fold if o.holdout else tenth | ~tenth
+    fold = data.folds(sites, o.holdout, o.folds) if o.holdout != "none" else -1
+    kept = np.broadcast_to(fold != o.fold, tenth.shape)
     return np.flatnonzero(kept & ~tenth), np.flatnonzero(kept & tenth)
 
 
