@@ -123,13 +123,9 @@ def synthetic_world(seed=0, n_sites=700, years=6):
     def noise(size, days=1):
         return size * rng.standard_normal((N, days))
 
-    def sigmoid(x):
-        return 1 / (1 + np.exp(-x))
-
     xyz = rng.standard_normal((40 * N, 3))
     xyz /= np.linalg.norm(xyz, axis=1, keepdims=True)
-    land = (smooth(xyz, 1.5)[:, 0] > 0.2) & (xyz[:, 2] > -0.82) & (xyz[:, 2] < 0.94)
-    xyz = xyz[land][:N]                                                         # 55 S to 70 N
+    xyz = xyz[(smooth(xyz, 1.5)[:, 0] > 0.2) & (abs(xyz[:, 2] - 0.06) < 0.88)][:N]  # 55 S to 70 N
     x, y, z = np.split(xyz, 3, 1)
     lat, lon, polar = np.rad2deg(np.arcsin(z)), np.rad2deg(np.arctan2(y, x)), z ** 2
 
@@ -142,9 +138,9 @@ def synthetic_world(seed=0, n_sites=700, years=6):
     t_mean = 27 - 34 * polar - 0.004 * elevation + noise(0.7)                   # degC
     warm = sigmoid((t_mean - 12) / 6)
     weathered = warm * np.tanh(wet)
-    clay, silt, sand = (np.exp(1.1 * weathered + 0.5 * lime - 0.5 * rock - 0.6),
-                        np.exp(0.6 * inland - 0.2), np.exp(0.8 * rock - 0.5 * weathered))
-    clay, silt, sand = (100 * part / (clay + silt + sand) for part in (clay, silt, sand))   # %
+    parts = np.exp([1.1 * weathered + 0.5 * lime - 0.5 * rock - 0.6, 0.6 * inland - 0.2,
+                    0.8 * rock - 0.5 * weathered])
+    clay, silt, sand = 100 * parts / parts.sum(0)                               # %
     depth = 1.2 * np.exp(0.5 * weathered - 0.45 * relief + noise(0.2))          # m
     conductive = -13 + 1.2 * rock + 0.5 * np.maximum(lime, 0)                   # log10 m2
     growth = np.tanh(np.maximum(0.9 + wet, 0)) * (0.25 + 0.75 * warm)
@@ -162,8 +158,8 @@ def synthetic_world(seed=0, n_sites=700, years=6):
     rains[:, 0] = 0
     amount = np.exp(0.75 + 0.5 * wet) / p_wet.mean(1, keepdims=True) * (1 + 0.4 * season * summer)
     rain = rains * amount * rng.gamma(0.8, 1.25, (N, T))
-    temperature = (t_mean + (1 + 20 * polar ** 0.7 * (0.4 + inland)) * summer
-                   + (1.5 + 2.5 * inland) * anomaly)
+    yearly = (1 + 20 * polar ** 0.7 * (0.4 + inland)) * summer
+    temperature = t_mean + yearly + (1.5 + 2.5 * inland) * anomaly
     swing = (7 + 8 * inland - 3 * growth) * (1.1 - 0.45 * rains)
     tmax, tmin = temperature + swing / 2, temperature - swing / 2
     clear = np.clip(0.72 - 0.3 * rains - 0.1 * growth + noise(0.05, T), 0.1, 0.8)
@@ -194,25 +190,21 @@ def synthetic_world(seed=0, n_sites=700, years=6):
         "sand": np.clip(sand + noise(3), 0, 100), "forest": np.clip(forest + noise(3), 0, 100),
         "organic_carbon": 60 * np.exp(0.8 * growth - 0.9 * warm + 0.01 * clay + noise(0.25)),
         "carbonate": 100 * sigmoid(4 * (lime - 0.7) + noise(0.3)),
-        "permeability": conductive + noise(0.3),
         "rock_porosity": 0.03 + 0.25 * sigmoid(1.5 * rock + noise(0.3)),
+        "permeability": conductive + noise(0.3), "ndvi": 0.1 + 0.75 * growth + noise(0.03),
         "pasture": np.clip((100 - forest) * np.tanh(growth) + noise(4), 0, 100),
-        "ndvi": 0.1 + 0.75 * growth + noise(0.03),
-        "p_mean": rain.mean(1, keepdims=True) * np.exp(noise(0.08)),
-        "p_seasonality": season + noise(0.08),
-        "temperature_mean": temperature.mean(1, keepdims=True) + noise(0.5),
-        "pet_mean": pet.mean(1, keepdims=True) * np.exp(noise(0.05)),
+        "p_mean": rain.mean(1)[:, None] * np.exp(noise(0.1)), "p_seasonality": season + noise(0.1),
+        "temperature_mean": temperature.mean(1)[:, None] + noise(0.5),
+        "pet_mean": pet.mean(1)[:, None] * np.exp(noise(0.05)),
         "snow_fraction": ((rain * (temperature < 0.5)).sum(1) / rain.sum(1))[:, None],
-        "area": np.exp(6 + noise(1)),
-        "population_density": np.exp(2 + 2 * growth - relief + noise(1))}
+        "area": np.exp(6 + noise(1)), "population_density": np.exp(2 + growth - relief + noise(1))}
     static, poor = np.hstack([*views.values()]), rng.random(N) < 1 / 3          # (N, S), (N,)
     groups = np.array([GROUP[name] for name in views])
     for group in sorted({*groups} - {"context"}):
         static[np.ix_(poor & (rng.random(N) < 0.5), groups == group)] = np.nan
-    latlon, forcing = np.hstack([lat, lon]), np.stack([*daily.values()], -1)
-    return Sites(np.array([f"synthetic_{i:04d}" for i in range(N)]), latlon.astype(np.float32),
-                 static.astype(np.float32), forcing.astype(np.float32),
-                 np.hstack(flow).astype(np.float32), dates, tuple(views), tuple(daily))
+    arrays = (np.hstack([lat, lon]), static, np.stack([*daily.values()], -1), np.hstack(flow))
+    return Sites(np.array([f"synthetic_{i:04d}" for i in range(N)]),
+                 *(x.astype(np.float32) for x in arrays), dates, tuple(views), tuple(daily))
 
 
 # Real archives. A reader yields sites: (id, file, {attribute: value}, dates, {series: values}).
@@ -260,8 +252,8 @@ def read_table(path, numeric, text=(), delimiter=",", header=None, lines=slice(0
             try:
                 values = [float(missing.get(v, v)) for v in column]
             except ValueError as error:
-                line = [v in str(error) for v in map(repr, column)].index(True) + lines.start
-                raise ValueError(f"{path}, line {line + 1 + (not header)}: {error}") from None
+                line = [repr(v) in str(error) for v in column].index(True) + lines.start + 1
+                raise ValueError(f"{path}, line {line + (not header)}: {error}") from None
             table[name] = np.where(np.less(values, -998), np.nan, values).astype(np.float32)
     return table
 
@@ -294,12 +286,12 @@ def read_series(path, source, lat, **layout):
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     series = {name: table[row[source]] for name, row in DYNAMIC.items() if row[source] in table}
-    if "tmax" in series and "tmin" in series:
-        series.setdefault("temperature", (series["tmax"] + series["tmin"]) / 2)
+    tmax, tmin = series.get("tmax"), series.get("tmin")
+    if tmax is not None and tmin is not None:
+        series.setdefault("temperature", (tmax + tmin) / 2)
     if "temperature" in series:
         t = series["temperature"]
-        series["pet"] = potential_evaporation(lat, day_of_year(dates), t, series.get("tmax"),
-                                              series.get("tmin"))
+        series["pet"] = potential_evaporation(lat, day_of_year(dates), t, tmax, tmin)
         if "vp(Pa)" in table:                               # saturation pressure: FAO-56 eq. 11
             humidity = table["vp(Pa)"] / (6.108 * np.exp(17.27 * t / (t + 237.3)))
             series["humidity"] = np.clip(humidity, 0, 100)
@@ -397,6 +389,10 @@ def folds(sites, kind, k, seed=0):
 def gauge(site):
     """One name for a gauge that several archives hold: hysets_01022500, camels_… -> 01022500."""
     return site.removeprefix("camels_").removeprefix("hysets_")
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
 
 
 def day_of_year(dates):

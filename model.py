@@ -78,6 +78,7 @@ class StefaLand(nn.Module):
         self.location = LocationEncoding(c.degree, d) if c.degree >= 0 else None
         self.season = nn.Linear(2, d, bias=False) if c.season else None
         self.position = nn.Parameter(0.02 * torch.randn(c.max_days + 1, d))
+        self.dropout = Dropout(c.dropout)
         self.encoder = nn.ModuleList([EncoderLayer(c) for _ in range(c.n_layers)])
         self.encoder_norm = nn.LayerNorm(d) if c.extra_norms else nn.Identity()
         self.project = Linear(d, d)
@@ -89,7 +90,7 @@ class StefaLand(nn.Module):
 
     def embed(self, forcing, static, latlon=None, day_of_year=None, hidden=None):
         """T day tokens and, last, the static token with the location: (B, T+1, D) (A.1, A.3)."""
-        self._check(forcing, static)
+        self.check(forcing, static)
         hide_dynamic, hide_static, hide_location = hidden or (None, None, None)
         days = self.dynamic_embedding(forcing, hide_dynamic)                    # (B, T, D)
         site = self.static_embedding(static, hide_static)                       # (B, D)
@@ -100,7 +101,7 @@ class StefaLand(nn.Module):
             latlon = static.new_full((len(static), 2), math.nan) if latlon is None else latlon
             site = site + self.location(latlon, hide_location)
         tokens = torch.cat([days, site[:, None]], 1)                            # (B, T+1, D)
-        return dropout(tokens + self.position[:tokens.shape[1]], self._p)
+        return self.dropout(tokens + self.position[:tokens.shape[1]])
 
     def encode(self, forcing, static, latlon=None, day_of_year=None, hidden=None):
         """Embedding of each day and, last, of the site: (B, T, C), (B, S) -> (B, T+1, D) (A.4).
@@ -113,12 +114,12 @@ class StefaLand(nn.Module):
             x = x * math.sqrt(x.shape[-1])
         for layer in self.encoder:
             x = layer(x)
-        return self.project(dropout(self.encoder_norm(x), self._p))             # (B, T+1, D)
+        return self.project(self.dropout(self.encoder_norm(x)))                 # (B, T+1, D)
 
     def decode(self, encoded):
         """Reconstruct all variables from the embedding: (B, T+1, D) -> (B, T, C), (B, S) (A.5)."""
         x, _ = self.decoder(encoded)                                            # (B, T+1, D)
-        x = dropout(self.decoder_norm(x), self._p)
+        x = self.dropout(self.decoder_norm(x))
         return self.dynamic_projection(x)[:, :-1], self.static_projection(x[:, -1:])[:, 0]
 
     def forward(self, forcing, static, latlon=None, day_of_year=None, hidden=None):
@@ -190,17 +191,13 @@ class StefaLand(nn.Module):
         mean = values.pop("static_embedding.mask_vector").mean(0)               # (S,)
         own.update({name: value.reshape(own[name].shape) for name, value in values.items()})
         model.load_state_dict(own)
-        with torch.no_grad():                               # every map applied to its mean alone
-            alone = torch.where(torch.eye(len(mean), dtype=torch.bool), mean, math.nan)
-            vectors = model.static_embedding.mask_vector.zero_()
-            vectors.copy_(model.static_embedding(alone))
+        e = model.static_embedding
+        h = F.gelu(mean[:, None] * e.w1 + e.b1)                                 # (S, hidden)
+        e.mask_vector.data = torch.einsum("sh,dsh->sd", h, e.w2.unflatten(1, h.shape)) + e.b2
         return model
 
-    @property
-    def _p(self):
-        return self.config.dropout if self.training else 0.0
-
-    def _check(self, forcing, static):
+    def check(self, forcing, static):
+        """ValueError on inputs the network has no place for."""
         for kind, given, known in (("dynamic", forcing.shape[-1], self.dynamic_names),
                                    ("static", static.shape[-1], self.static_names)):
             if given != len(known):
@@ -299,16 +296,15 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d, self.heads, self.p = config.d_model, config.n_heads, config.dropout
+        d, self.heads, self.dropout = config.d_model, config.n_heads, Dropout(config.dropout)
         self.activation = {"gelu": F.gelu, "relu": F.relu}[config.activation]
         self.qkv, self.out = Linear(d, 3 * d), Linear(d, d)
         self.ff1, self.ff2 = Linear(d, config.d_ff), Linear(config.d_ff, d)
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
 
     def forward(self, x):
-        p = self.p if self.training else 0.0
-        x = self.norm1(x + dropout(self.attention(x), p))
-        return self.norm2(x + dropout(self.ff2(self.activation(self.ff1(x))), p))
+        x = self.norm1(x + self.dropout(self.attention(x)))
+        return self.norm2(x + self.dropout(self.ff2(self.activation(self.ff1(x)))))
 
     def attention(self, x):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                    # (B, T, 3, h, D/h)
@@ -335,14 +331,16 @@ def linear(x, weight, bias):
     return F.conv2d(x, weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)   # (B, T, out)
 
 
-def dropout(x, p):
-    """Dropout; on the CPU one 64-bit random number serves eight elements (p in steps of 1/256)."""
-    if p == 0 or x.device.type != "cpu":
-        return F.dropout(x, p, training=p > 0)
-    cut = round(256 * p)
-    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2 ** 63, None)
-    keep = (words.view(torch.uint8)[:x.numel()] >= cut).view_as(x)
-    return x * keep.to(x.dtype).mul_(256 / (256 - cut))
+class Dropout(nn.Dropout):
+    """nn.Dropout; on the CPU a 64-bit random number serves eight elements (p in steps of 1/256)."""
+
+    def forward(self, x):
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        cut = round(256 * self.p)
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2 ** 63, None)
+        keep = (words.view(torch.uint8)[:x.numel()] >= cut).view_as(x)
+        return x * keep.to(x.dtype).mul_(256 / (256 - cut))
 
 
 def masked_loss(errors, counts):

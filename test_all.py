@@ -13,6 +13,8 @@ import torch
 from numpy import nan
 
 import data
+import eval as evaluate
+import finetune
 import model
 import train
 
@@ -271,6 +273,88 @@ def test_checkpoint_resume_and_holdout():
     before = Path(out, "pretrained.pt").read_bytes()
     text, _ = run("--resume --steps 15 --save-every 99 --lr 1e30", out, code=1)
     assert "FloatingPointError: step" in text and Path(out, "pretrained.pt").read_bytes() == before
+
+
+def test_metrics_equal_their_formulas():
+    rng = np.random.default_rng(0)
+    o, s = rng.gamma(1, 2, 1000), rng.gamma(1, 2, 1000)
+    m = evaluate.site_metrics(np.append(o, [nan, 3]), np.append(s, [1, nan]))    # valid pairs only
+    error, r = s - o, np.corrcoef(o, s)[0, 1]
+    kge = 1 - np.sqrt((r - 1) ** 2 + (s.std() / o.std() - 1) ** 2 + (s.mean() / o.mean() - 1) ** 2)
+    for key, value in dict(
+            rmse=np.sqrt((error ** 2).mean()), ubrmse=error.std(), corr=r, mae=abs(error).mean(),
+            nse=1 - (error ** 2).sum() / ((o - o.mean()) ** 2).sum(), kge=kge,
+            pbias=100 * error.sum() / o.sum()).items():
+        assert abs(m[key] - value) < 1e-9, key
+    assert np.isclose(m["fhv"], 100 * (np.sort(s)[-20:].sum() / np.sort(o)[-20:].sum() - 1))
+    same, double = evaluate.site_metrics(o, o), evaluate.site_metrics(o, 2 * o)
+    assert same["nse"] == 1 and np.isclose(same["kge"], 1) and same["flv"] == same["fdc_rmse"] == 0
+    assert np.isclose(double["fhv"], 100) and np.isclose(double["pbias"], 100)
+    assert abs(double["flv"]) < 1e-6                        # a factor only shifts the logs
+    constant = evaluate.site_metrics(np.full(9, 2.0), s[:9])
+    assert np.isnan(constant["nse"]) and np.isnan(constant["corr"]) and constant["rmse"] > 0
+    assert all(np.isnan(v) for v in evaluate.site_metrics([nan, 1], [1, nan]).values())
+    label, score = rng.random(200) < 0.4, rng.integers(0, 5, 200) / 4
+    pairs = [(a > b) + 0.5 * (a == b) for a in score[label] for b in score[~label]]
+    c = evaluate.class_metrics(label, score)
+    assert np.isclose(c["auc"], np.mean(pairs))
+    assert c["accuracy"] == (label == (score >= 0.5)).mean()
+    assert np.isnan(evaluate.class_metrics([1, 1], [0.2, 0.9])["auc"])
+    assert np.isclose(evaluate.sign_test(np.array([1] * 9 + [-1])), 2 * 11 / 1024)
+
+
+def test_finetuning_at_held_out_sites():
+    out, sites = Path(mkdtemp()), data.load("synthetic", n_sites=60, years=3)
+    run("--quick --steps 3", out)
+    options = ["--quick", "--out", str(out)]
+    finetune.main(options + ["--model", "resconn,lstm,noresconn,linear,scratch,direct"])
+    runs = evaluate.load_runs(out)["streamflow synthetic pub5"]
+    held = data.folds(sites, "pub", 5) == 0
+    for name, (result,) in runs.items():
+        assert {*result["ids"]} == {*sites.ids[held]} and np.isfinite(result["sim"]).all(), name
+        assert result["overlap"] == 0 and (result["sim"] >= 0).all()
+        assert np.array_equal(result["obs"], sites.target[held][:, -len(result["dates"]):])
+    evaluate.table({"all": runs})
+    # no observation of a test site reaches a model, and its attributes do
+    o, fold = finetune.parse(finetune.Options, "", options), data.folds(sites, "pub", 5)
+    o.steps, o.batch_size, o.missing = 4, 8, 0.0
+    first = finetune.run(o, "resconn", sites, fold, 0, 0)["sim"]
+    sites.target[held] *= 7
+    assert np.array_equal(first, finetune.run(o, "resconn", sites, fold, 0, 0)["sim"])
+    o.missing = 1.0
+    assert not np.array_equal(first, finetune.run(o, "resconn", sites, fold, 0, 0)["sim"])
+    raises(ValueError, "seen .* test sites", finetune.run, o, "resconn", sites, fold, 1, 0)
+    raises(ValueError, "'elastic': expected", finetune.main, options + ["--adapter", "elastic"])
+    (out / "half.pt").write_bytes((out / "pretrained.pt").read_bytes()[:5000])
+    for error, name, words in ((FileNotFoundError, "no.pt", "train.py first"),
+                               (ValueError, "half.pt", "half.pt is no checkpoint")):
+        raises(error, words, finetune.load_encoder, out / name, sites, "cpu")
+
+
+def test_windows_adapters_and_encoder_cache():
+    dates = np.arange("2000-01-01", "2003-01-01", dtype="datetime64[D]")
+    days = finetune.day_slice("2000-12-31/2002-12-30", dates, None)
+    assert dates[days][0] == np.datetime64("2000-12-31") and dates[days][-1] == dates[-2]
+    raises(ValueError, "not within", finetune.day_slice, "1999-01-01/2001-01-01", dates, None)
+    for days in (slice(0, 700), slice(400, 1096), days):
+        covered = np.zeros(len(dates), bool)
+        for start in finetune.tile(np.array([0]), days, 365, 120)[1]:
+            covered[start + 120 * (start > 0):start + 365] = True
+        assert covered[days].all()
+    for adapter in finetune.ADAPTERS.values():
+        layer = adapter(16)
+        assert layer is None or layer(torch.randn(2, 5, 16)).shape == (2, 5, 16)
+    sites = data.load("synthetic", n_sites=20, years=2)
+    torch.manual_seed(0)
+    m = model.StefaLand(model.Config(sites.dynamic_names, sites.static_names, d_model=16)).eval()
+    scaling = {k: train.fit_scaling(getattr(sites, k)) for k in ("forcing", "static")}
+    windows, o = train.Windows(sites, scaling, 365), finetune.Options(out=mkdtemp())
+    site, start = finetune.tile(np.arange(20), slice(0, 731), 365, 120)
+    memory = finetune.encode_windows(m, windows, site, start, o, "cpu")
+    o.cache_gb = 0.0
+    assert torch.equal(memory, finetune.encode_windows(m, windows, site, start, o, "cpu"))
+    expected = m.encode(*windows.get(site[7:8], start[7:8]))
+    assert torch.allclose(memory[7].float(), expected[0], atol=1e-2)
 
 
 if __name__ == "__main__":
