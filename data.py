@@ -35,7 +35,6 @@ forest              vegetation  %        for_pc_sse             frac_forest*100
 cropland            vegetation  %        crp_pc_sse             -
 pasture             vegetation  %        pst_pc_sse             -
 ndvi                vegetation  -        -                      -
-lai_max             vegetation  -        -                      lai_max
 p_mean              climate     mm/d     p_mean                 p_mean
 p_seasonality       climate     -        -                      p_seasonality
 high_p_days         climate     d/yr     high_prec_freq*365.25  high_prec_freq
@@ -45,10 +44,8 @@ pet_mean            climate     mm/d     pet_mm_syr*0.002738    pet_mean
 wetness             climate     -        ari_ix_sav*0.01        -
 snow_fraction       climate     -        frac_snow              frac_snow
 snow_cover          climate     %        snw_pc_syr             -
-glacier             climate     %        gla_pc_sse             -
 area                context     km2      area                   area_gages2
 population_density  context     1/km2    ppd_pk_sav             -
-urban               context     %        urb_pc_sse             -
 """
 DYNAMIC = """
 precipitation       precipitation  mm/d  total_precipitation_sum  prcp(mm/day)
@@ -80,7 +77,7 @@ class Sites:
 def load(spec="synthetic", seed=0, cache="out/cache", **options):
     """"synthetic", or one or several real sources ("caravan:DIR,camels:DIR"), as one `Sites`.
 
-    Real archives are parsed once and kept under `cache` (None: not), keyed on this code and every
+    Archives are parsed once and kept under `cache` (None: not), keyed on this code and on every
     file's path, size and time. `options` go to synthetic_world. ValueError names file and line.
     """
     if spec == "synthetic":
@@ -123,6 +120,9 @@ def synthetic_world(seed=0, n_sites=700, years=6):
     def noise(size, days=1):
         return size * rng.standard_normal((N, days))
 
+    def share(x):                           # the logistic function
+        return 0.5 + 0.5 * np.tanh(x / 2)
+
     xyz = rng.standard_normal((40 * N, 3))
     xyz /= np.linalg.norm(xyz, axis=1, keepdims=True)
     xyz = xyz[(smooth(xyz, 1.5)[:, 0] > 0.2) & (abs(xyz[:, 2] - 0.06) < 0.88)][:N]  # 55 S to 70 N
@@ -132,11 +132,11 @@ def synthetic_world(seed=0, n_sites=700, years=6):
     # latents, (N, 1) each
     relief = 0.9 * smooth(xyz, 3) + noise(0.5)
     wet = 0.8 * smooth(xyz) + 0.3 * relief + noise(0.3)
-    inland, season = sigmoid(1.5 * smooth(xyz)), 0.9 * np.tanh(smooth(xyz))     # > 0: wet summers
+    inland, season = share(1.5 * smooth(xyz)), 0.9 * np.tanh(smooth(xyz))       # > 0: wet summers
     rock, lime = smooth(xyz) + noise(0.4), smooth(xyz) + noise(0.4)
     elevation = 350 * np.exp(0.9 * relief)                                      # m
     t_mean = 27 - 34 * polar - 0.004 * elevation + noise(0.7)                   # degC
-    warm = sigmoid((t_mean - 12) / 6)
+    warm = share((t_mean - 12) / 6)
     weathered = warm * np.tanh(wet)
     parts = np.exp([1.1 * weathered + 0.5 * lime - 0.5 * rock - 0.6, 0.6 * inland - 0.2,
                     0.8 * rock - 0.5 * weathered])
@@ -144,7 +144,7 @@ def synthetic_world(seed=0, n_sites=700, years=6):
     depth = 1.2 * np.exp(0.5 * weathered - 0.45 * relief + noise(0.2))          # m
     conductive = -13 + 1.2 * rock + 0.5 * np.maximum(lime, 0)                   # log10 m2
     growth = np.tanh(np.maximum(0.9 + wet, 0)) * (0.25 + 0.75 * warm)
-    forest = 100 * sigmoid(6 * (growth - 0.55) + 0.8 * np.log(depth) + noise(0.4))
+    forest = 100 * share(6 * (growth - 0.55) + 0.8 * np.log(depth) + noise(0.4))
 
     # daily weather, (N, T) each: a wet/dry Markov chain and red-noise temperature, both seasonal
     dates = np.arange("1995-01-01", f"{1995 + years}-01-01", dtype="datetime64[D]")
@@ -184,16 +184,15 @@ def synthetic_world(seed=0, n_sites=700, years=6):
 
     views = {  # what is observed: the latents through noise
         "elevation": elevation * np.exp(noise(0.05)), "soil_depth": depth * np.exp(noise(0.2)),
-        "slope": 4 * np.exp(0.7 * relief + noise(0.25)),
-        "groundwater_depth": 4 * np.exp(0.5 * relief - 0.4 * wet + noise(0.3)),
+        "slope": 4 * np.exp(0.7 * relief + noise(0.25)), "p_seasonality": season + noise(0.1),
         "clay": np.clip(clay + noise(3), 0, 100), "silt": np.clip(silt + noise(3), 0, 100),
         "sand": np.clip(sand + noise(3), 0, 100), "forest": np.clip(forest + noise(3), 0, 100),
         "organic_carbon": 60 * np.exp(0.8 * growth - 0.9 * warm + 0.01 * clay + noise(0.25)),
-        "carbonate": 100 * sigmoid(4 * (lime - 0.7) + noise(0.3)),
-        "rock_porosity": 0.03 + 0.25 * sigmoid(1.5 * rock + noise(0.3)),
+        "carbonate": 100 * share(4 * (lime - 0.7) + noise(0.3)),
+        "rock_porosity": 0.03 + 0.25 * share(1.5 * rock + noise(0.3)),
         "permeability": conductive + noise(0.3), "ndvi": 0.1 + 0.75 * growth + noise(0.03),
         "pasture": np.clip((100 - forest) * np.tanh(growth) + noise(4), 0, 100),
-        "p_mean": rain.mean(1)[:, None] * np.exp(noise(0.1)), "p_seasonality": season + noise(0.1),
+        "p_mean": rain.mean(1)[:, None] * np.exp(noise(0.1)),
         "temperature_mean": temperature.mean(1)[:, None] + noise(0.5),
         "pet_mean": pet.mean(1)[:, None] * np.exp(noise(0.05)),
         "snow_fraction": ((rain * (temperature < 0.5)).sum(1) / rain.sum(1))[:, None],
@@ -232,22 +231,21 @@ def assemble(records, target="streamflow"):
 
 
 def read_table(path, numeric, text=(), delimiter=",", header=None, lines=slice(0, None)):
-    """A text table's columns: float32 for those in `numeric`, str for those in `text`, no others.
+    """A text table's columns: float32 for those in `numeric`, str for `text` and the first ("key").
 
-    delimiter None = blanks; empty, NA and -999 = NaN. ValueError names the file, and line or value.
+    delimiter None = blanks; empty, NA and -999 = NaN. ValueError names the file, line and value.
     """
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = file.read().splitlines()[lines]
+    rows = Path(path).read_text(encoding="utf-8-sig").splitlines()[lines]
     rows = [*(csv.reader(rows, delimiter=delimiter) if delimiter else map(str.split, rows))]
-    for i, row in enumerate(rows):
-        check(len(row) in (0, len(header or rows[0])), f"{path}, line {lines.start + i + 1}: "
-              f"{len(row)} fields, expected {len(header or rows[0])}")
+    width = len(header or (rows and rows[0]))
+    for i, row in enumerate(rows, lines.start + 1):
+        check(len(row) in (0, width), f"{path}, line {i}: {len(row)} fields, expected {width}")
     rows = [header or (), *filter(None, rows)][header is None:]
     check(len(rows) > 1, f"{path}: no rows below the header")
-    table, missing = {}, {"": "nan", "NA": "nan", "NULL": "nan"}
+    table, missing = {"key": [row[0] for row in rows[1:]]}, {"": "nan", "NA": "nan", "NULL": "nan"}
     for name, *column in zip(*rows):
         if name in text:
-            table[name] = np.array(column)
+            table[name] = column
         elif name in numeric:
             try:
                 values = [float(missing.get(v, v)) for v in column]
@@ -264,13 +262,11 @@ def read_attributes(paths, source, delimiter=","):
     columns |= {name: row[source].partition("*")[::2] for name, row in STATIC.items()}
     sites = {}
     for path in paths:
-        with open(path, encoding="utf-8-sig") as file:
-            key = file.readline().strip().split(delimiter)[0]
-        table = read_table(path, {column for column, _ in columns.values()}, (key,), delimiter)
-        check(len(set(table[key])) == len(table[key]), f"{path}: the same {key} twice")
+        table = read_table(path, {column for column, _ in columns.values()}, (), delimiter)
+        check(len(set(table["key"])) == len(table["key"]), f"{path}: the same site twice")
         for name, (column, factor) in columns.items():
-            for site, value in zip(table[key], table.get(column, ())):
-                sites.setdefault(str(site), {})[name] = value * float(factor or 1)
+            for site, value in zip(table["key"], table.get(column, ())):
+                sites.setdefault(site, {})[name] = value * float(factor or 1)
     return sites
 
 
@@ -278,11 +274,9 @@ def read_series(path, source, lat, **layout):
     """dates (T,) and {variable of DYNAMIC or streamflow: (T,)} of a daily table; PET is derived."""
     ymd, wanted = ("Year", "Mnth", "Day"), {row[source] for row in DYNAMIC.values()}
     table = read_table(path, wanted | {"streamflow", "dayl(s)", "vp(Pa)"}, ("date", *ymd), **layout)
-    text = table.get("date")
-    if text is None:
-        text = [f"{y}-{m:0>2}-{d:0>2}" for y, m, d in zip(*(table[k] for k in ymd))]
+    days = table.get("date") or map("{:0>4}-{:0>2}-{:0>2}".format, *(table[k] for k in ymd))
     try:
-        dates = np.array(text, "datetime64[D]")
+        dates = np.array([*days], "datetime64[D]")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     series = {name: table[row[source]] for name, row in DYNAMIC.items() if row[source] in table}
@@ -314,8 +308,8 @@ def read_caravan(folder):
 def read_camels(folder):
     """CAMELS-US (doi 10.5065/D6MW2F4D, 10.5194/hess-21-5293-2017), Daymet if there are several.
 
-    camels_hydro.txt is made from the streamflow and never read. Without attribute tables only
-    latitude, elevation and area are known, from the forcing files.
+    camels_hydro.txt is made from the streamflow and never read. Latitude, elevation and area also
+    stand in the forcing files: all that is known where there are no attribute tables.
     """
     tables = [p for p in sorted(folder.rglob("camels_*.txt")) if p.stem != "camels_hydro"]
     if not tables:
@@ -389,10 +383,6 @@ def folds(sites, kind, k, seed=0):
 def gauge(site):
     """One name for a gauge that several archives hold: hysets_01022500, camels_… -> 01022500."""
     return site.removeprefix("camels_").removeprefix("hysets_")
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 def day_of_year(dates):
