@@ -18,7 +18,6 @@ import numpy as np
 STATIC = """
 elevation           terrain     m        ele_mt_sav             elev_mean
 slope               terrain     deg      slp_dg_sav*0.1         slope_mean*0.0573
-stream_gradient     terrain     m/km     sgr_dk_sav*0.1         -
 groundwater_depth   terrain     m        gwt_cm_sav*0.01        -
 soil_depth          terrain     m        -                      soil_depth_pelletier
 clay                soil        %        cly_pc_sav             clay_frac
@@ -26,7 +25,6 @@ silt                soil        %        slt_pc_sav             silt_frac
 sand                soil        %        snd_pc_sav             sand_frac
 organic_carbon      soil        t/ha     soc_th_sav             -
 soil_porosity       soil        -        -                      soil_porosity
-soil_conductivity   soil        cm/h     -                      soil_conductivity
 water_capacity      soil        m        -                      max_water_content
 carbonate           geology     %        kar_pc_sse             carbonate_rocks_frac*100
 permeability        geology     log10m2  -                      geol_permeability
@@ -43,7 +41,6 @@ temperature_mean    climate     degC     tmp_dc_syr*0.1         -
 pet_mean            climate     mm/d     pet_mm_syr*0.002738    pet_mean
 wetness             climate     -        ari_ix_sav*0.01        -
 snow_fraction       climate     -        frac_snow              frac_snow
-snow_cover          climate     %        snw_pc_syr             -
 area                context     km2      area                   area_gages2
 population_density  context     1/km2    ppd_pk_sav             -
 """
@@ -128,7 +125,6 @@ def synthetic_world(seed=0, n_sites=700, years=6):
     xyz = xyz[(smooth(xyz, 1.5)[:, 0] > 0.2) & (abs(xyz[:, 2] - 0.06) < 0.88)][:N]  # 55 S to 70 N
     x, y, z = np.split(xyz, 3, 1)
     lat, lon, polar = np.rad2deg(np.arcsin(z)), np.rad2deg(np.arctan2(y, x)), z ** 2
-
     # latents, (N, 1) each
     relief = 0.9 * smooth(xyz, 3) + noise(0.5)
     wet = 0.8 * smooth(xyz) + 0.3 * relief + noise(0.3)
@@ -145,17 +141,15 @@ def synthetic_world(seed=0, n_sites=700, years=6):
     conductive = -13 + 1.2 * rock + 0.5 * np.maximum(lime, 0)                   # log10 m2
     growth = np.tanh(np.maximum(0.9 + wet, 0)) * (0.25 + 0.75 * warm)
     forest = 100 * share(6 * (growth - 0.55) + 0.8 * np.log(depth) + noise(0.4))
-
     # daily weather, (N, T) each: a wet/dry Markov chain and red-noise temperature, both seasonal
     dates = np.arange("1995-01-01", f"{1995 + years}-01-01", dtype="datetime64[D]")
     doy, T = day_of_year(dates), len(dates)
     summer = np.cos(2 * np.pi * (doy - 197) / 365.25) * np.sign(lat)
     p_wet = (0.3 + 0.12 * np.tanh(wet)) * (1 + 0.6 * season * summer)
     rains, anomaly = rng.random((N, T)), noise(1, T)
-    for t in range(1, T):
+    for t in range(T):                      # day 0 follows the last: any state will do
         rains[:, t] = rains[:, t] < p_wet[:, t] + 0.35 * (rains[:, t - 1] - p_wet[:, t])
         anomaly[:, t] = 0.75 * anomaly[:, t - 1] + 0.66 * anomaly[:, t]
-    rains[:, 0] = 0
     amount = np.exp(0.75 + 0.5 * wet) / p_wet.mean(1, keepdims=True) * (1 + 0.4 * season * summer)
     rain = rains * amount * rng.gamma(0.8, 1.25, (N, T))
     yearly = (1 + 20 * polar ** 0.7 * (0.4 + inland)) * summer
@@ -167,7 +161,6 @@ def synthetic_world(seed=0, n_sites=700, years=6):
     daily = {"precipitation": rain, "tmax": tmax, "tmin": tmin, "pet": pet,
              "shortwave": extraterrestrial_radiation(lat, doy) * clear * 11.574,    # W/m2
              "humidity": np.clip(55 + 20 * growth + 15 * rains - 0.8 * swing + noise(4, T), 8, 100)}
-
     # the bucket, mm: snow, soil with saturation excess, groundwater
     capacity, curve = depth * (40 + 1.6 * clay + 1.8 * silt), 1.2 + 0.04 * sand
     recession = np.clip(10 ** (0.35 * (conductive + 13) - 1.8), 0.002, 0.3)
@@ -181,7 +174,6 @@ def synthetic_world(seed=0, n_sites=700, years=6):
         soil = np.maximum(soil + water - quick - drain - evaporation, 0)
         ground = ground + drain + 0.1 * quick - base
         flow.append(0.9 * quick + base)
-
     views = {  # what is observed: the latents through noise
         "elevation": elevation * np.exp(noise(0.05)), "soil_depth": depth * np.exp(noise(0.2)),
         "slope": 4 * np.exp(0.7 * relief + noise(0.25)), "p_seasonality": season + noise(0.1),
@@ -230,8 +222,11 @@ def assemble(records, target="streamflow"):
                  static_names, dynamic_names)
 
 
-def read_table(path, numeric, text=(), delimiter=",", header=None, lines=slice(0, None)):
-    """A text table's columns: float32 for those in `numeric`, str for `text` and the first ("key").
+CALENDAR = ("date", "Year", "Mnth", "Day")
+
+
+def read_table(path, numeric, delimiter=",", header=None, lines=slice(0, None)):
+    """A text table's columns: float32 for `numeric`, str for CALENDAR and the first one ("key").
 
     delimiter None = blanks; empty, NA and -999 = NaN. ValueError names the file, line and value.
     """
@@ -244,7 +239,7 @@ def read_table(path, numeric, text=(), delimiter=",", header=None, lines=slice(0
     check(len(rows) > 1, f"{path}: no rows below the header")
     table, missing = {"key": [row[0] for row in rows[1:]]}, {"": "nan", "NA": "nan", "NULL": "nan"}
     for name, *column in zip(*rows):
-        if name in text:
+        if name in CALENDAR:
             table[name] = column
         elif name in numeric:
             try:
@@ -262,7 +257,7 @@ def read_attributes(paths, source, delimiter=","):
     columns |= {name: row[source].partition("*")[::2] for name, row in STATIC.items()}
     sites = {}
     for path in paths:
-        table = read_table(path, {column for column, _ in columns.values()}, (), delimiter)
+        table = read_table(path, {column for column, _ in columns.values()}, delimiter)
         check(len(set(table["key"])) == len(table["key"]), f"{path}: the same site twice")
         for name, (column, factor) in columns.items():
             for site, value in zip(table["key"], table.get(column, ())):
@@ -272,9 +267,11 @@ def read_attributes(paths, source, delimiter=","):
 
 def read_series(path, source, lat, **layout):
     """dates (T,) and {variable of DYNAMIC or streamflow: (T,)} of a daily table; PET is derived."""
-    ymd, wanted = ("Year", "Mnth", "Day"), {row[source] for row in DYNAMIC.values()}
-    table = read_table(path, wanted | {"streamflow", "dayl(s)", "vp(Pa)"}, ("date", *ymd), **layout)
-    days = table.get("date") or map("{:0>4}-{:0>2}-{:0>2}".format, *(table[k] for k in ymd))
+    wanted = {"streamflow", "dayl(s)", "vp(Pa)", *(row[source] for row in DYNAMIC.values())}
+    table = read_table(path, wanted, **layout)
+    check(any(name in table for name in CALENDAR), f"{path}: no column date")
+    ymd = (table.get(name, ()) for name in CALENDAR[1:])
+    days = table.get("date") or map("{:0>4}-{:0>2}-{:0>2}".format, *ymd)
     try:
         dates = np.array([*days], "datetime64[D]")
     except ValueError as error:
@@ -315,12 +312,12 @@ def read_camels(folder):
     if not tables:
         print(f"{folder}: no camels_topo.txt and so on, only latitude, elevation and area known")
     attributes = read_attributes(tables, 3, ";")
-    columns = ("id", "Year", "Mnth", "Day", "streamflow", "flag")
+    columns = ("id", *CALENDAR[1:], "streamflow", "flag")
     flows = {p.name[:8]: p for p in folder.glob("usgs_streamflow/**/*_streamflow_qc.txt")}
     forcings = sorted(folder.glob("basin_mean_forcing/**/*_forcing_leap.txt"))
     for path in [p for p in forcings if "cida" in p.name] or forcings:
         basin = path.name[:8]
-        lat, height, area = read_table(path, ("m",), (), None, ("m",), slice(0, 3))["m"]
+        lat, height, area = read_table(path, ("m",), None, ("m",), slice(0, 3))["m"]
         check(area > 0, f"{path}, line 3: a basin area of {area} m2")
         dates, series = read_series(path, 3, lat, delimiter=None, lines=slice(3, None))
         if basin in flows:

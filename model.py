@@ -40,7 +40,7 @@ class Config:
     p_dynamic: float = 0.5         # chance that a window hides a given dynamic group
     p_always: float = 0.1          # chance that a dynamic group is hidden over the whole sample
     p_static: float = 0.3          # chance that a static group is hidden
-    p_location: float = 0.3        # chance that the location is hidden
+    p_location: float = 0.6        # chance that the location is hidden
     # in these the authors' release differs from the paper's text (StefaLand.from_release)
     activation: str = "gelu"
     scale_tokens: bool = False     # tokens times sqrt(D) before the encoder
