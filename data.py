@@ -363,7 +363,7 @@ def folds(sites, kind, k, seed=0):
         return np.array([int(digest, 16) % k for digest in digests])
     place = {k: x for k, x in sorted(zip(keys, sites.latlon.tolist())) if not np.isnan(x).any()}
     lost = [i for i, key in zip(sites.ids, keys) if key not in place]
-    check(not lost, f"{len(lost)} sites have no coordinates, so no region: {', '.join(lost[:3])} …")
+    check(not lost, f"{len(lost)} sites have no coordinates, so no region: {', '.join(lost[:3])}")
     lat, lon = np.deg2rad([*place.values()]).T
     xyz = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], 1)
     centres = xyz[np.random.default_rng(seed).choice(len(xyz), k, replace=False)]
