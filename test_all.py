@@ -52,6 +52,12 @@ def test_layers_equal_their_definitions():
     assert torch.allclose(layer(x), x @ layer.weight.T + layer.bias, atol=1e-6)
     assert abs((y == 0).double().mean() - 26 / 256) < 1e-3 and abs(y.mean() - 1) < 2e-3
     assert torch.equal(model.Dropout(0.0)(x), x)
+    layer, x = model.EncoderLayer(model.Config(d_model=64, n_heads=2)).eval(), torch.randn(3, 9, 64)
+    q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)     # (B, h, T, D/h)
+    mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    assert torch.allclose(layer.attention(x), layer.out(mixed), atol=1e-5)
+    assert torch.allclose(layer.bfloat16().attention(x.bfloat16()).float(), layer.float().out(mixed),
+                          atol=0.05)
 
 
 def test_masks_and_loss():
