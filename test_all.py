@@ -56,8 +56,8 @@ def test_layers_equal_their_definitions():
     q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)     # (B, h, T, D/h)
     mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     assert torch.allclose(layer.attention(x), layer.out(mixed), atol=1e-5)
-    assert torch.allclose(layer.bfloat16().attention(x.bfloat16()).float(), layer.float().out(mixed),
-                          atol=0.05)
+    half = layer.bfloat16().attention(x.bfloat16()).float()
+    assert torch.allclose(half, layer.float().out(mixed), atol=0.05)
 
 
 def test_masks_and_loss():
