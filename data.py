@@ -9,14 +9,18 @@ Axes: N sites, T days, C dynamic variables, S static attributes.
 import csv
 import hashlib
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-# name, group (hidden together; "context" never), unit, column of Caravan and of CAMELS-US
+# name, group (hidden together; "context" never), unit, column of Caravan and of CAMELS-US; run-off,
+# discharge and what else HydroATLAS derives from gauges are no inputs
 STATIC = """
 elevation           terrain     m        ele_mt_sav             elev_mean
+elevation_max       terrain     m        ele_mt_smx             -
+elevation_min       terrain     m        ele_mt_smn             -
 slope               terrain     deg      slp_dg_sav*0.1         slope_mean*0.0573
 groundwater_depth   terrain     m        gwt_cm_sav*0.01        -
 soil_depth          terrain     m        -                      soil_depth_pelletier
@@ -24,6 +28,7 @@ clay                soil        %        cly_pc_sav             clay_frac
 silt                soil        %        slt_pc_sav             silt_frac
 sand                soil        %        snd_pc_sav             sand_frac
 organic_carbon      soil        t/ha     soc_th_sav             -
+soil_water          soil        %        swc_pc_syr             -
 soil_porosity       soil        -        -                      soil_porosity
 water_capacity      soil        m        -                      max_water_content
 carbonate           geology     %        kar_pc_sse             carbonate_rocks_frac*100
@@ -32,16 +37,23 @@ rock_porosity       geology     -        -                      geol_porostiy
 forest              vegetation  %        for_pc_sse             frac_forest*100
 cropland            vegetation  %        crp_pc_sse             -
 pasture             vegetation  %        pst_pc_sse             -
+inundation          vegetation  %        inu_pc_smx             -
 ndvi                vegetation  -        -                      -
 p_mean              climate     mm/d     p_mean                 p_mean
 p_seasonality       climate     -        -                      p_seasonality
 high_p_days         climate     d/yr     high_prec_freq*365.25  high_prec_freq
 low_p_days          climate     d/yr     low_prec_freq*365.25   low_prec_freq
 temperature_mean    climate     degC     tmp_dc_syr*0.1         -
+temperature_min     climate     degC     tmp_dc_smn*0.1         -
+temperature_max     climate     degC     tmp_dc_smx*0.1         -
 pet_mean            climate     mm/d     pet_mm_syr*0.002738    pet_mean
+aet_mean            climate     mm/d     aet_mm_syr*0.002738    -
 wetness             climate     -        ari_ix_sav*0.01        -
 snow_fraction       climate     -        frac_snow              frac_snow
+snow_cover          climate     %        snw_pc_syr             -
 area                context     km2      area                   area_gages2
+lakes               context     %        lka_pc_sse*0.1         -
+urban               context     %        urb_pc_sse             -
 population_density  context     1/km2    ppd_pk_sav             -
 """
 DYNAMIC = """
@@ -65,33 +77,44 @@ class Sites:
     latlon: np.ndarray     # (N, 2) degrees
     static: np.ndarray     # (N, S)
     forcing: np.ndarray    # (N, T, C) daily
-    target: np.ndarray     # (N, T) daily streamflow in mm, or (N,)
+    target: np.ndarray     # (N, T) daily, or (N,)
     dates: np.ndarray      # (T,) datetime64[D], every day from the first to the last
     static_names: tuple
     dynamic_names: tuple
+    patches: np.ndarray    # (N, K, H, W) maps round each site, or (N, 0)
+    vectors: np.ndarray    # (N, 64) AlphaEarth's embedding of each site, or (N, 0)
 
 
-def load(spec="synthetic", seed=0, cache="out/cache", **options):
+def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", static_only=False,
+         quick=False):
     """"synthetic", or one or several real sources ("caravan:DIR,camels:DIR"), as one `Sites`.
 
     Archives are parsed once and kept under `cache` (None: not), keyed on this code and on every
-    file's path, size and time. `options` go to synthetic_world. ValueError names file and line.
+    file's path, size and time. static_only: without weather, and also the sites that have none.
     """
     if spec == "synthetic":
-        return synthetic_world(seed=seed, **options)
-    sources, key = [part.partition(":")[::2] for part in spec.split(",")], [spec]
+        return synthetic_world(seed, *(60, 3) if quick else (700, 6), target)
+    sources, key = [part.partition(":")[::2] for part in spec.split(",")], [target, static_only]
     for kind, folder in sources:
         check(kind in READERS, f"data '{kind}': expected synthetic, or NAME:DIR with {[*READERS]}")
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"data {kind}: no folder '{folder}'")
-        key += [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns)
-                for p in [Path(__file__), *sorted(Path(folder).rglob("*"))]]
+        key += [kind] + [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns)
+                         for p in [Path(__file__), *sorted(Path(folder).rglob("*"))]]
     path = Path(cache or "", hashlib.sha256(repr(key).encode()).hexdigest()[:16] + ".npz")
     if cache and path.exists():
         with np.load(path) as z:
             sites = Sites(**{k: tuple(z[k].tolist()) if "names" in k else z[k] for k in z})
     else:
-        sites = assemble([site for kind, folder in sources for site in READERS[kind](Path(folder))])
+        sites = [site for kind, folder in sources for site in READERS[kind](Path(folder))]
+        if static_only:
+            sites = [(*site[:3], {}) for site in sites]
+        elif any(site[3] for site in sites):
+            bare = [site for site in sites if not site[3]]
+            print(f"{spec}: {len(bare)} sites without a daily series left out")
+            sites = [site for site in sites if site[3]]
+        check(sites, f"{spec}: no site found")
+        sites = assemble(sites, target)
         if cache:
             write_atomically(path, lambda file: np.savez(file, **vars(sites)))
     print(f"{spec}: {len(sites.ids)} sites, {sites.dates[0]} to {sites.dates[-1]}; daily "
@@ -100,206 +123,221 @@ def load(spec="synthetic", seed=0, cache="out/cache", **options):
     return sites
 
 
-def synthetic_world(seed=0, n_sites=700, years=6):
-    """A world with StefaLand's premise: attributes, weather and flow follow from hidden latents.
+def synthetic_world(seed=0, n_sites=700, years=6, target="streamflow"):
+    """A world with StefaLand's premise: attributes, weather and targets follow from hidden latents.
 
-    Smooth fields of location plus local noise make latent terrain, climate, rock, soil and plants.
-    Attributes are noisy views of them, and a third of the sites lacks whole groups; weather is a
-    seasonal wet/dry chain; flow leaves a bucket shaped by the latents. Same seed, same bytes.
+    Latents are smooth fields of place plus local noise. Attributes are noisy views of them, a third
+    of their groups missing; flow (mm/d) and soil moisture (m3/m3) leave a bucket
+    that the latents shape; landslides follow slope, wetness and roots. Same seed, same bytes.
     """
     rng, N = np.random.default_rng(seed), n_sites
 
-    def smooth(xyz, scale=2.0):             # a standardised random field, by Fourier features
-        waves = xyz @ (scale * rng.standard_normal((3, 64))) + rng.uniform(0, 2 * np.pi, 64)
-        field = np.cos(waves).sum(1, keepdims=True)
-        return (field - field.mean()) / field.std()                             # (N, 1)
-
-    def noise(size, days=1):
-        return size * rng.standard_normal((N, days))
+    def noise(size, columns=1):
+        return size * rng.standard_normal((N, columns))
 
     def share(x):                           # the logistic function
         return 0.5 + 0.5 * np.tanh(x / 2)
 
-    xyz = rng.standard_normal((40 * N, 3))
+    def field(scale=2.0, local=0.3):        # a latent, (N, 1)
+        waves = xyz @ (scale * rng.standard_normal((3, 64))) + rng.uniform(0, 2 * np.pi, 64)
+        smooth = np.cos(waves).sum(1, keepdims=True)
+        return (smooth - smooth.mean()) / smooth.std() + noise(local)
+
+    xyz = rng.standard_normal((20 * N, 3))
     xyz /= np.linalg.norm(xyz, axis=1, keepdims=True)
-    xyz = xyz[(smooth(xyz, 1.5)[:, 0] > 0.2) & (abs(xyz[:, 2] - 0.06) < 0.88)][:N]  # 55 S to 70 N
-    x, y, z = np.split(xyz, 3, 1)
-    lat, lon, polar = np.rad2deg(np.arcsin(z)), np.rad2deg(np.arctan2(y, x)), z ** 2
-    # latents, (N, 1) each
-    relief = 0.9 * smooth(xyz, 3) + noise(0.5)
-    wet = 0.8 * smooth(xyz) + 0.3 * relief + noise(0.3)
-    inland, season = share(1.5 * smooth(xyz)), 0.9 * np.tanh(smooth(xyz))       # > 0: wet summers
-    rock, lime = smooth(xyz) + noise(0.4), smooth(xyz) + noise(0.4)
+    land = (np.sin(4 * xyz).sum(1) > 0.7) & (abs(xyz[:, 2] - 0.06) < 0.88)      # 55 S to 70 N
+    xyz = xyz[land][:N]
+    lat, lon = np.rad2deg(np.arcsin(xyz[:, 2:])), np.rad2deg(np.arctan2(xyz[:, 1:2], xyz[:, :1]))
+    relief, wet, inland = 0.9 * field(3, 0.5), 0.9 * field(), share(1.5 * field())
+    rock, lime, warmth = field(), field(), 26 - 32 * xyz[:, 2:] ** 2
     elevation = 350 * np.exp(0.9 * relief)                                      # m
-    t_mean = 27 - 34 * polar - 0.004 * elevation + noise(0.7)                   # degC
-    warm = share((t_mean - 12) / 6)
-    weathered = warm * np.tanh(wet)
+    t_mean = warmth - 0.004 * elevation + noise(0.7)                            # degC
+    weathered = share((t_mean - 12) / 6) * np.tanh(wet)
     parts = np.exp([1.1 * weathered + 0.5 * lime - 0.5 * rock - 0.6, 0.6 * inland - 0.2,
                     0.8 * rock - 0.5 * weathered])
     clay, silt, sand = 100 * parts / parts.sum(0)                               # %
     depth = 1.2 * np.exp(0.5 * weathered - 0.45 * relief + noise(0.2))          # m
-    conductive = -13 + 1.2 * rock + 0.5 * np.maximum(lime, 0)                   # log10 m2
-    growth = np.tanh(np.maximum(0.9 + wet, 0)) * (0.25 + 0.75 * warm)
-    forest = 100 * share(6 * (growth - 0.55) + 0.8 * np.log(depth) + noise(0.4))
-    # daily weather, (N, T) each: a wet/dry Markov chain and red-noise temperature, both seasonal
+    growth = np.tanh(np.maximum(0.9 + wet, 0)) * share((t_mean - 5) / 6)
+    forest = 100 * share(6 * (growth - 0.55) + 0.8 * np.log(depth) + noise(0.4))    # %
+    capacity = depth * (40 + 1.6 * clay + 1.8 * silt)                           # mm of water
+    recession = np.clip(10 ** (0.45 * rock + 0.2 * lime - 1.8), 0.002, 0.3)     # 1/d
+    # daily weather, a wet/dry chain and red noise; and the bucket, mm: snow, soil, groundwater
     dates = np.arange("1995-01-01", f"{1995 + years}-01-01", dtype="datetime64[D]")
-    doy, T = day_of_year(dates), len(dates)
-    summer = np.cos(2 * np.pi * (doy - 197) / 365.25) * np.sign(lat)
-    p_wet = (0.3 + 0.12 * np.tanh(wet)) * (1 + 0.6 * season * summer)
-    rains, anomaly = rng.random((N, T)), noise(1, T)
-    for t in range(T):                      # day 0 follows the last: any state will do
-        rains[:, t] = rains[:, t] < p_wet[:, t] + 0.35 * (rains[:, t - 1] - p_wet[:, t])
-        anomaly[:, t] = 0.75 * anomaly[:, t - 1] + 0.66 * anomaly[:, t]
-    amount = np.exp(0.75 + 0.5 * wet) / p_wet.mean(1, keepdims=True) * (1 + 0.4 * season * summer)
-    rain = rains * amount * rng.gamma(0.8, 1.25, (N, T))
-    yearly = (1 + 20 * polar ** 0.7 * (0.4 + inland)) * summer
-    temperature = t_mean + yearly + (1.5 + 2.5 * inland) * anomaly
-    swing = (7 + 8 * inland - 3 * growth) * (1.1 - 0.45 * rains)
-    tmax, tmin = temperature + swing / 2, temperature - swing / 2
-    clear = np.clip(0.72 - 0.3 * rains - 0.1 * growth + noise(0.05, T), 0.1, 0.8)
-    pet = potential_evaporation(lat, doy, temperature, tmax, tmin)
-    daily = {"precipitation": rain, "tmax": tmax, "tmin": tmin, "pet": pet,
-             "shortwave": extraterrestrial_radiation(lat, doy) * clear * 11.574,    # W/m2
-             "humidity": np.clip(55 + 20 * growth + 15 * rains - 0.8 * swing + noise(4, T), 8, 100)}
-    # the bucket, mm: snow, soil with saturation excess, groundwater
-    capacity, curve = depth * (40 + 1.6 * clay + 1.8 * silt), 1.2 + 0.04 * sand
-    recession = np.clip(10 ** (0.35 * (conductive + 13) - 1.8), 0.002, 0.3)
-    snow, soil, ground, flow = 0 * lat, 0.5 * capacity, 20 + 0 * lat, []
-    for p, t, e in zip(rain.T[..., None], temperature.T[..., None], pet.T[..., None]):   # (N, 1)
+    rains, anomaly, snow, soil, ground, days = 0, 0, 0 * lat, 0.5 * capacity, 20 + 0 * lat, []
+    for doy in day_of_year(dates):
+        summer = np.cos(2 * np.pi * (doy - 197) / 365.25) * np.sign(lat)
+        p_wet = 0.3 + 0.12 * np.tanh(wet)
+        rains = rng.random((N, 1)) < p_wet * (1 + 0.3 * summer) + 0.35 * (rains - p_wet)
+        rain = rains * np.exp(0.75 + 0.5 * wet) / p_wet * rng.gamma(0.8, 1.25, (N, 1))
+        anomaly = 0.75 * anomaly + noise(0.66)
+        t = (t_mean + (1 + (16 + 14 * inland) * np.abs(lat) / 60) * summer
+             + (1.5 + 2.5 * inland) * anomaly)
+        swing = (7 + 8 * inland - 3 * growth) * (1.1 - 0.45 * rains)
+        tmax, tmin = t + swing / 2, t - swing / 2
+        pet = potential_evaporation(lat, doy, t, tmax, tmin)
+        clear = 0.7 - 0.3 * rains - 0.1 * growth + noise(0.05)
+        humidity = np.clip(55 + 20 * growth + 15 * rains - 0.8 * swing + noise(4), 8, 100)
         melt, fill = np.minimum(snow, 3 * np.maximum(t - 0.5, 0)), soil / capacity
-        snow, water = snow + p * (t < 0.5) - melt, p * (t >= 0.5) + melt
-        quick = np.maximum(water * fill ** curve, soil + water - capacity)
+        snow, water = snow + rain * (t < 0.5) - melt, rain * (t >= 0.5) + melt
+        quick = np.maximum(water * fill ** (1.2 + 0.04 * sand), soil + water - capacity)
         drain, base = (0.004 + 0.0004 * sand) * soil * fill, recession * ground
-        evaporation = e * np.minimum(1, 2 * fill) * (0.6 + 0.004 * forest)
+        evaporation = pet * np.minimum(1, 2 * fill) * (0.4 + 0.004 * forest)
         soil = np.maximum(soil + water - quick - drain - evaporation, 0)
         ground = ground + drain + 0.1 * quick - base
-        flow.append(0.9 * quick + base)
+        sun = extraterrestrial_radiation(lat, doy) * 11.574 * clear             # W/m2
+        days.append((rain, tmax, tmin, pet, sun, humidity, 0.9 * quick + base,
+                     0.002 * clay + 0.001 * soil / depth))
+    daily = np.stack(days)[..., 0].transpose(2, 0, 1)                           # (N, T, 8)
+    rain, mean_pet = daily[..., 0].mean(1)[:, None], daily[..., 3].mean(1)[:, None]
+    snowy = (daily[..., 0] * (daily[..., 1:3].sum(-1) < 1)).mean(1)[:, None] / rain
     views = {  # what is observed: the latents through noise
-        "elevation": elevation * np.exp(noise(0.05)), "soil_depth": depth * np.exp(noise(0.2)),
-        "slope": 4 * np.exp(0.7 * relief + noise(0.25)), "p_seasonality": season + noise(0.1),
-        "clay": np.clip(clay + noise(3), 0, 100), "silt": np.clip(silt + noise(3), 0, 100),
-        "sand": np.clip(sand + noise(3), 0, 100), "forest": np.clip(forest + noise(3), 0, 100),
-        "organic_carbon": 60 * np.exp(0.8 * growth - 0.9 * warm + 0.01 * clay + noise(0.25)),
-        "carbonate": 100 * share(4 * (lime - 0.7) + noise(0.3)),
-        "rock_porosity": 0.03 + 0.25 * share(1.5 * rock + noise(0.3)),
-        "permeability": conductive + noise(0.3), "ndvi": 0.1 + 0.75 * growth + noise(0.03),
-        "pasture": np.clip((100 - forest) * np.tanh(growth) + noise(4), 0, 100),
-        "p_mean": rain.mean(1)[:, None] * np.exp(noise(0.1)),
-        "temperature_mean": temperature.mean(1)[:, None] + noise(0.5),
-        "pet_mean": pet.mean(1)[:, None] * np.exp(noise(0.05)),
-        "snow_fraction": ((rain * (temperature < 0.5)).sum(1) / rain.sum(1))[:, None],
+        "elevation": elevation * np.exp(noise(0.05)), "soil_depth": depth * np.exp(noise(0.4)),
+        "slope": 4 * np.exp(0.7 * relief + noise(0.4)), "clay": np.clip(clay + noise(6), 0, 100),
+        "silt": np.clip(silt + noise(6), 0, 100), "sand": np.clip(sand + noise(6), 0, 100),
+        "organic_carbon": 60 * np.exp(0.8 * growth - 0.04 * t_mean + noise(0.4)),
+        "carbonate": 100 * share(4 * (lime - 0.7) + noise(0.6)),
+        "permeability": rock + noise(0.6) - 13, "ndvi": 0.1 + 0.75 * growth + noise(0.06),
+        "rock_porosity": 0.03 + 0.25 * share(1.5 * rock + noise(0.6)),
+        "forest": np.clip(forest + noise(6), 0, 100),
+        "pasture": np.clip((100 - forest) * growth + noise(6), 0, 100),
+        "p_mean": rain * np.exp(noise(0.1)), "pet_mean": mean_pet * np.exp(noise(0.05)),
+        "temperature_mean": t_mean + noise(0.5), "snow_fraction": snowy + noise(0.02),
         "area": np.exp(6 + noise(1)), "population_density": np.exp(2 + growth - relief + noise(1))}
-    static, poor = np.hstack([*views.values()]), rng.random(N) < 1 / 3          # (N, S), (N,)
+    static = np.hstack([*views.values()])                                       # (N, S)
     groups = np.array([GROUP[name] for name in views])
     for group in sorted({*groups} - {"context"}):
-        static[np.ix_(poor & (rng.random(N) < 0.5), groups == group)] = np.nan
-    arrays = (np.hstack([lat, lon]), static, np.stack([*daily.values()], -1), np.hstack(flow))
-    return Sites(np.array([f"synthetic_{i:04d}" for i in range(N)]),
-                 *(x.astype(np.float32) for x in arrays), dates, tuple(views), tuple(daily))
+        static[np.ix_(rng.random(N) < 1 / 3, groups == group)] = np.nan
+    # 10 m maps of the height above the site and of slope, (N, 17, 17)
+    waves = np.cos(np.pi * np.arange(4)[:, None] * (np.arange(17) + 0.5) / 17)
+    height = np.einsum("nij,ih,jw->nhw", rng.standard_normal((N, 4, 4)), waves, waves)
+    height *= (3 * np.exp(0.5 * relief))[:, None]
+    steep = np.rad2deg(np.arctan(np.hypot(*np.gradient(height, 10.0, axis=(1, 2)))))
+    slides = 0.12 * (steep[:, 8, 8:9] - 14) + 1.5 * wet - 0.02 * forest + noise(0.7) > 0
+    latents = np.hstack([relief, wet, inland, rock, lime, growth, depth, t_mean / 10])
+    targets = dict(streamflow=daily[..., 6], soil_moisture=daily[..., 7], landslide=slides[:, 0])
+    arrays = dict(latlon=np.hstack([lat, lon]), static=static, forcing=daily[..., :6],
+                  target=targets[target], patches=np.stack([height, steep], 1),
+                  vectors=np.tanh(latents @ rng.standard_normal((8, 64)) + noise(0.3, 64)))
+    return Sites(np.array([f"synthetic_{i:04d}" for i in range(N)]), dates=dates,
+                 static_names=tuple(views), dynamic_names=(
+                     "precipitation", "tmax", "tmin", "pet", "shortwave", "humidity"),
+                 **{name: x.astype(np.float32) for name, x in arrays.items()})
 
 
-# Real archives. A reader yields sites: (id, file, {attribute: value}, dates, {series: values}).
+# Real archives. A reader yields sites: (id, file, {attribute: value}, {series: (dates, values)});
+# a target that is one value per site, and "patch", stand among the attributes.
 
-def assemble(records, target="streamflow"):
+def assemble(records, target):
     """What the readers yield -> `Sites` on the union of dates and variables."""
-    check(records, "no site with a daily series found")
-    ids, files, attributes, days, series = zip(*records)
-    static_names = tuple(n for n in STATIC if any(a.get(n) == a.get(n, "") for a in attributes))
-    dynamic_names = tuple(n for n in DYNAMIC if any(n in s for s in series))
-    table = np.array([[a.get(n, np.nan) for n in ("gauge_lat", "gauge_lon", *static_names)]
+    ids, files, attributes, series = zip(*records)
+    known = {name for a in attributes for name in a} - {"gauge_lat", "gauge_lon", "patch", target}
+    static_names = tuple(sorted(known, key=[*STATIC, *sorted(known)].index))
+    dynamic_names = tuple(n for n in DYNAMIC if any(n in s for s in series)) or ("precipitation",)
+    table = np.array([[a.get(n, np.nan) for n in ("gauge_lat", "gauge_lon", target, *static_names)]
                       for a in attributes], np.float32)
-    dates = np.arange(min(d.min() for d in days), max(d.max() for d in days) + 1)
+    ends = [day for s in series for dates, _ in s.values() if len(dates)
+            for day in (dates.min(), dates.max())]
+    dates = np.arange(min(ends, default=0), max(ends, default=0) + 1, dtype="datetime64[D]")
     daily = np.full((len(ids), len(dates), len(dynamic_names) + 1), np.nan, np.float32)
-    for i, (site, (lat, lon)) in enumerate(zip(ids, table[:, :2])):
-        place, day = f"{files[i]}: site {site}", (days[i] - dates[0]).astype(int)
-        check(site not in ids[:i], f"{place} was already read from another file")
-        check(len(set(day)) == len(day), f"{place} has the same date twice")
+    twice = [f"{file}: site {i}" for file, i in zip(files, ids) if ids.count(i) > 1]
+    check(not twice, f"{twice[-1:]} was already read from another file")
+    for i, (lat, lon) in enumerate(table[:, :2]):
+        place = f"{files[i]}: site {ids[i]}"
         check(not (abs(lat) > 90 or abs(lon) > 360), f"{place} has coordinates {lat}, {lon}")
         for c, name in enumerate((*dynamic_names, target)):
-            daily[i, day, c] = series[i].get(name, np.nan)
+            days, values = series[i].get(name, (dates[:0], ()))
+            check(len(np.unique(days)) == len(days), f"{place} has the same date twice")
+            daily[i, (days - dates[0]).astype(int), c] = values
     latlon = np.stack([table[:, 0], (table[:, 1] + 180) % 360 - 180], 1)        # (N, 2)
-    return Sites(np.array(ids), latlon, table[:, 2:], daily[..., :-1], daily[..., -1], dates,
-                 static_names, dynamic_names)
+    per_site = not np.isnan(table[:, 2]).all()
+    return Sites(np.array(ids), latlon, table[:, 3:], daily[..., :-1],
+                 table[:, 2] if per_site else daily[..., -1], dates, static_names, dynamic_names,
+                 np.array([a.get("patch", ()) for a in attributes], np.float32),
+                 np.empty((len(ids), 0), np.float32))
 
 
-CALENDAR = ("date", "Year", "Mnth", "Day")
-
-
-def read_table(path, numeric, delimiter=",", header=None, lines=slice(0, None)):
-    """A text table's columns: float32 for `numeric`, str for CALENDAR and the first one ("key").
+def read_table(path, numeric, delimiter=",", header=None, rows=slice(0, None)):
+    """A text table's columns: float32 for the names in `numeric`, days for "date", else text.
 
     delimiter None = blanks; empty, NA and -999 = NaN. ValueError names the file, line and value.
     """
-    rows = Path(path).read_text(encoding="utf-8-sig").splitlines()[lines]
-    rows = [*(csv.reader(rows, delimiter=delimiter) if delimiter else map(str.split, rows))]
-    width = len(header or (rows and rows[0]))
-    for i, row in enumerate(rows, lines.start + 1):
-        check(len(row) in (0, width), f"{path}, line {i}: {len(row)} fields, expected {width}")
-    rows = [header or (), *filter(None, rows)][header is None:]
-    check(len(rows) > 1, f"{path}: no rows below the header")
-    table, missing = {"key": [row[0] for row in rows[1:]]}, {"": "nan", "NA": "nan", "NULL": "nan"}
-    for name, *column in zip(*rows):
-        if name in CALENDAR:
-            table[name] = column
-        elif name in numeric:
-            try:
-                values = [float(missing.get(v, v)) for v in column]
-            except ValueError as error:
-                line = [repr(v) in str(error) for v in column].index(True) + lines.start + 1
-                raise ValueError(f"{path}, line {line + (not header)}: {error}") from None
-            table[name] = np.where(np.less(values, -998), np.nan, values).astype(np.float32)
-    return table
+    text = Path(path).read_text(encoding="utf-8-sig").splitlines()[rows]
+    text = csv.reader(text, delimiter=delimiter) if delimiter else map(str.split, text)
+    table = [(line, row) for line, row in enumerate(text, rows.start + 1) if row]
+    header = header or (table and table.pop(0)[1])
+    check(table, f"{path}: no rows below the header")
+    for line, row in table:
+        check(len(row) == len(header),
+              f"{path}, line {line}: {len(row)} fields, expected {len(header)}")
+    columns = dict(zip(header, zip(*(row for _, row in table))))
+    if "date" in columns:
+        columns["date"] = [day.replace("/", "-") for day in columns["date"]]
+    if "Year" in columns:
+        columns["date"] = ["-".join(day) for day in zip(*(
+            [part.zfill(2) for part in columns[name]] for name in ("Year", "Mnth", "Day")))]
+    missing = {"": "nan", "NA": "nan", "NULL": "nan"}
+    for name in columns.keys() & {"date", *numeric}:
+        kind = np.dtype("float32" if name in numeric else "datetime64[D]")
+        values = [missing.get(v, v) for v in columns[name]]
+        try:
+            columns[name] = np.array(values, kind)
+        except ValueError as error:                         # numpy quotes the value
+            bad = re.search("""['"](.*)['"]""", str(error))[1]
+            line = table[values.index(bad)][0]
+            raise ValueError(f"{path}, line {line}: {name} is '{bad}'") from None
+        if name in numeric:
+            columns[name][columns[name] < -998] = np.nan
+    return columns
 
 
 def read_attributes(paths, source, delimiter=","):
     """Tables joined on their first column -> {site: {name: value}}; source: 2 or 3, of STATIC."""
-    columns = {"gauge_lat": ("gauge_lat", ""), "gauge_lon": ("gauge_lon", "")}
-    columns |= {name: row[source].partition("*")[::2] for name, row in STATIC.items()}
+    names = {name: row[source].partition("*")[::2] for name, row in STATIC.items()}
+    names |= {"gauge_lat": ("gauge_lat", ""), "gauge_lon": ("gauge_lon", "")}
     sites = {}
     for path in paths:
-        table = read_table(path, {column for column, _ in columns.values()}, delimiter)
-        check(len(set(table["key"])) == len(table["key"]), f"{path}: the same site twice")
-        for name, (column, factor) in columns.items():
-            for site, value in zip(table["key"], table.get(column, ())):
+        table = read_table(path, {column for column, _ in names.values()}, delimiter)
+        keys = next(iter(table.values()))
+        check(len(set(keys)) == len(keys), f"{path}: the same site twice")
+        for name, (column, factor) in names.items():
+            for site, value in zip(keys, table.get(column, ())):
                 sites.setdefault(site, {})[name] = value * float(factor or 1)
     return sites
 
 
 def read_series(path, source, lat, **layout):
-    """dates (T,) and {variable of DYNAMIC or streamflow: (T,)} of a daily table; PET is derived."""
+    """{variable or "streamflow": (dates, values)} of a daily table; PET is derived."""
     wanted = {"streamflow", "dayl(s)", "vp(Pa)", *(row[source] for row in DYNAMIC.values())}
-    table = read_table(path, wanted, **layout)
-    check(any(name in table for name in CALENDAR), f"{path}: no column date")
-    ymd = (table.get(name, ()) for name in CALENDAR[1:])
-    days = table.get("date") or map("{:0>4}-{:0>2}-{:0>2}".format, *ymd)
-    try:
-        dates = np.array([*days], "datetime64[D]")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    series = {name: table[row[source]] for name, row in DYNAMIC.items() if row[source] in table}
+    table = read_table(path, {*wanted, *DYNAMIC}, **layout)
+    check("date" in table, f"{path}: no column date")
+    series = {name: table[column] for name, row in DYNAMIC.items()
+              for column in (name, row[source]) if column in table}
     tmax, tmin = series.get("tmax"), series.get("tmin")
     if tmax is not None and tmin is not None:
         series.setdefault("temperature", (tmax + tmin) / 2)
     if "temperature" in series:
-        t = series["temperature"]
-        series["pet"] = potential_evaporation(lat, day_of_year(dates), t, tmax, tmin)
+        t, doy = series["temperature"], day_of_year(table["date"])
+        series["pet"] = potential_evaporation(lat, doy, t, tmax, tmin)
         if "vp(Pa)" in table:                               # saturation pressure: FAO-56 eq. 11
             humidity = table["vp(Pa)"] / (6.108 * np.exp(17.27 * t / (t + 237.3)))
             series["humidity"] = np.clip(humidity, 0, 100)
     if "dayl(s)" in table:                                  # mean over daylight -> over the day
         series["shortwave"] = series["shortwave"] * table["dayl(s)"] / 86400
-    return dates, series | {"streamflow": table.get("streamflow", np.full(len(dates), np.nan))}
+    if "streamflow" in table:
+        series["streamflow"] = table["streamflow"]
+    return {name: (table["date"], values) for name, values in series.items()}
 
 
 def read_caravan(folder):
-    """Every gauge with a series in Caravan's layout (doi 10.1038/s41597-023-01975-w)."""
-    for source in sorted(folder.glob("timeseries/csv/*/")):
-        attributes = read_attributes(sorted(folder.glob(f"attributes/{source.name}/*.csv")), 2)
-        for path in sorted(source.glob("*.csv")):
-            if path.stem not in attributes:
-                print(f"{path}: a gauge without attributes, they are fed as missing")
-            site = attributes.get(path.stem, {})
-            yield path.stem, path, site, *read_series(path, 2, site.get("gauge_lat", np.nan))
+    """Every gauge in Caravan's layout (doi 10.1038/s41597-023-01975-w), some without a series."""
+    series = {path.stem: path for path in sorted(folder.glob("timeseries/csv/*/*.csv"))}
+    attributes = read_attributes(sorted(folder.glob("attributes/*/*.csv")), 2)
+    for site in sorted(attributes.keys() | series):
+        known, path = attributes.get(site, {}), series.get(site)
+        if not known:
+            print(f"{path}: a gauge without attributes, they are fed as missing")
+        lat = known.get("gauge_lat", np.nan)
+        yield site, path or folder, known, read_series(path, 2, lat) if path else {}
 
 
 def read_camels(folder):
@@ -312,24 +350,125 @@ def read_camels(folder):
     if not tables:
         print(f"{folder}: no camels_topo.txt and so on, only latitude, elevation and area known")
     attributes = read_attributes(tables, 3, ";")
-    columns = ("id", *CALENDAR[1:], "streamflow", "flag")
+    columns = ("id", "Year", "Mnth", "Day", "streamflow", "flag")
     flows = {p.name[:8]: p for p in folder.glob("usgs_streamflow/**/*_streamflow_qc.txt")}
     forcings = sorted(folder.glob("basin_mean_forcing/**/*_forcing_leap.txt"))
     for path in [p for p in forcings if "cida" in p.name] or forcings:
         basin = path.name[:8]
         lat, height, area = read_table(path, ("m",), None, ("m",), slice(0, 3))["m"]
         check(area > 0, f"{path}, line 3: a basin area of {area} m2")
-        dates, series = read_series(path, 3, lat, delimiter=None, lines=slice(3, None))
+        series = read_series(path, 3, lat, delimiter=None, rows=slice(3, None))
         if basin in flows:
-            days, flow = read_series(flows[basin], 3, lat, delimiter=None, header=columns)
-            _, here, there = np.intersect1d(dates, days, return_indices=True)
+            flow = read_table(flows[basin], {"streamflow"}, None, columns)
             mm = flow["streamflow"] * (0.028316846592 * 86400 * 1000 / area)    # ft3/s -> mm/d
-            series["streamflow"][here] = mm[there]
+            series["streamflow"] = flow["date"], mm
         known = {"gauge_lat": lat, "elevation": height, "area": area / 1e6}
-        yield basin, path, known | attributes.get(basin, {}), dates, series
+        yield basin, path, known | attributes.get(basin, {}), series
 
 
-READERS = {"caravan": read_caravan, "camels": read_camels}
+def read_ismn(folder):
+    """ISMN, header + values (doi 10.5194/hess-25-5749-2021), m3/m3, at the shallowest sensor.
+
+    Daily means of values flagged good; weather from <station>.csv, its columns named as in DYNAMIC.
+    """
+    head = ("a", "network", "station", "gauge_lat", "gauge_lon", "elevation", "top", "bottom", "b")
+    columns, stations = ("date", "time", "value", "flag", "origin"), {}
+    for path in sorted(folder.rglob("*_sm_*.stm")):
+        first = read_table(path, head[3:8], None, head, slice(0, 1))
+        site = {name: value[0] for name, value in first.items()}
+        station = site["network"], site["station"]
+        if station not in stations or site["top"] < stations[station][1]["top"]:
+            stations[station] = path, site
+    for (network, station), (path, site) in stations.items():
+        weather = sorted(folder.rglob(f"{station}.csv"))
+        if not weather:
+            print(f"{path}: skipped, there is no {station}.csv with its weather")
+            continue
+        table = read_table(path, {"value"}, None, columns, slice(1, None))
+        good = (np.array(table["flag"]) == "G") & ~np.isnan(table["value"])
+        days, day = np.unique(table["date"][good], return_inverse=True)
+        mean = np.bincount(day, table["value"][good]) / np.bincount(day)
+        series = read_series(weather[0], 2, site["gauge_lat"]) | {"soil_moisture": (days, mean)}
+        yield f"{network}_{station}", path, {name: site[name] for name in head[3:6]}, series
+
+
+def read_wosis(folder):
+    """WoSIS snapshot (doi 10.5194/essd-12-299-2020): texture of 0 to 30 cm, weighted by thickness.
+
+    Profiles whose clay, silt and sand do not add up to 100 +- 5 % are left out.
+    """
+    found = [sorted(folder.glob(f"*_{kind}.tsv")) for kind in ("profiles", "physical")]
+    check(all(found), f"{folder}: expected files *_profiles.tsv and *_physical.tsv")
+    values = [f"{part}_value_avg" for part in ("clay", "silt", "sand")]
+    profiles = read_table(found[0][0], ("latitude", "longitude"), "\t")
+    layers = read_table(found[1][0], ("upper_depth", "lower_depth", *values), "\t")
+    thick = np.minimum(layers["lower_depth"], 30) - np.maximum(layers["upper_depth"], 0)
+    ids, layer_of = np.unique(layers["profile_id"], return_inverse=True)
+    texture = np.stack([layers[name] for name in values], 1)                    # (layers, 3)
+    weight = np.where(np.isnan(texture.sum(1)), 0, np.maximum(thick, 0))[:, None]
+    total = np.zeros((len(ids), 4))
+    np.add.at(total, layer_of, np.hstack([weight * np.nan_to_num(texture), weight]))
+    texture = dict(zip(ids, total[:, :3] / np.maximum(total[:, 3:], 1e-9)))
+    for site, lat, lon in zip(*map(profiles.get, ("profile_id", "latitude", "longitude"))):
+        clay, silt, sand = texture.get(site, (0, 0, 0))
+        if abs(clay + silt + sand - 100) <= 5:
+            yield site, found[0][0], dict(gauge_lat=lat, gauge_lon=lon, clay=clay, silt=silt,
+                                          sand=sand), {}
+
+
+def read_landslide(folder, size=17):
+    """Labelled points (csv) on a stack of rasters (npz), both in UTM zone 17 south.
+
+    A site is a point: its attributes and a patch (K, size, size) of the standardised layers.
+    """
+    found = [sorted(folder.glob(pattern)) for pattern in ("*.csv", "*.npz")]
+    check(all(found), f"{folder}: expected a csv of points and an npz of rasters")
+    names = {"slope": "slope", "cplan": "plan_curvature", "cprof": "profile_curvature",
+             "elev": "elevation", "log10_carea": "upslope_area"}
+    points = read_table(found[0][0], ("x", "y", *names))
+    with np.load(found[1][0]) as z:
+        maps, left, top, cell = (z[key] for key in ("ta", "xmin", "ymax", "res"))   # (K, H, W)
+    maps = (maps - np.nanmean(maps, (1, 2), keepdims=True)) / np.nanstd(maps, (1, 2), keepdims=True)
+    lat = (points["y"] - 1e7) / 110_578                     # degrees, right to some 100 m
+    lon = -81 + (points["x"] - 5e5) / (111_276 * np.cos(np.deg2rad(lat)))
+    for i, (x, y) in enumerate(zip(points["x"], points["y"])):
+        row, column = int((top - y) // cell) - size // 2, int((x - left) // cell) - size // 2
+        patch = maps[:, max(row, 0):row + size, max(column, 0):column + size]
+        if patch.shape[1:] != (size, size) or np.isnan(patch).any():
+            print(f"{found[0][0]}, point {i + 1}: skipped, its patch leaves the raster")
+            continue
+        known = {name: points[column][i] for column, name in names.items()}
+        label = points["lslpts"][i].upper() in ("TRUE", "1")
+        yield f"point_{i:04d}", found[0][0], known | dict(
+            gauge_lat=lat[i], gauge_lon=lon[i], patch=patch, landslide=label), {}
+
+
+def join_vectors(sites, path, within=5.0):
+    """`sites` with AlphaEarth's vectors (N, 64) of the nearest place within so many km, else NaN.
+
+    path: csv with lat, lon, A00 to A63; or npz with lat, lon, a (n, 64) array (arXiv 2507.22291).
+    """
+    if Path(path).suffix == ".npz":
+        with np.load(path) as z:
+            table = dict(z)
+        vectors = next((v for v in table.values() if v.shape[1:] == (64,)), None)
+    else:
+        table = read_table(path, ("lat", "lon", *(f"A{i:02d}" for i in range(64))))
+        vectors = np.stack([table[f"A{i:02d}"] for i in range(64)], 1)
+    check(vectors is not None and len(vectors) == len(table["lat"]), f"{path}: no (n, 64) vectors")
+    cosine = on_sphere(sites.latlon) @ on_sphere(np.stack([table["lat"], table["lon"]], 1)).T
+    near, far = vectors[cosine.argmax(1)], ~(cosine.max(1) > np.cos(within / 6371))
+    return replace(sites, vectors=np.where(far[:, None], np.nan, near).astype(np.float32))
+
+
+def on_sphere(latlon):
+    """Degrees (N, 2) -> unit vectors (N, 3)."""
+    lat, lon = np.deg2rad(np.asarray(latlon, float)).T
+    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], 1)
+
+
+READERS = {"caravan": read_caravan, "camels": read_camels, "ismn": read_ismn,
+           "wosis": read_wosis, "landslide": read_landslide}
 
 
 def extraterrestrial_radiation(lat, doy):
@@ -364,8 +503,7 @@ def folds(sites, kind, k, seed=0):
     place = {k: x for k, x in sorted(zip(keys, sites.latlon.tolist())) if not np.isnan(x).any()}
     lost = [i for i, key in zip(sites.ids, keys) if key not in place]
     check(not lost, f"{len(lost)} sites have no coordinates, so no region: {', '.join(lost[:3])}")
-    lat, lon = np.deg2rad([*place.values()]).T
-    xyz = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], 1)
+    xyz = on_sphere([*place.values()])
     centres = xyz[np.random.default_rng(seed).choice(len(xyz), k, replace=False)]
     offset = np.zeros(k)
     for step in range(300):

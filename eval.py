@@ -1,6 +1,6 @@
 """Metrics, and tables and figures over every run that finetune.py left under out/runs.
 
-    python eval.py              a row per setting and model: median over sites ± s.e. over folds
+    python eval.py              a row per setting and model: score ± standard error over folds
     python eval.py --plot       figures too: distribution, map, hydrographs, skill against labels
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from train import option, parse
 
+BASELINES = ("lstm", "mlp", "cnn")
 METRICS = "rmse ubrmse corr nse kge mae pbias fhv flv fdc_rmse".split()
 
 
@@ -72,55 +73,75 @@ def sign_test(difference):
     return min(1.0, 2 * sum(map(math.exp, tail))) if n else math.nan
 
 
+def skill(obs, sim):
+    """{name: score} of a test set, (sites, days) each; the first is the one to stop early by.
+
+    Series: over sites, medians but for the first and last; else a value or a class (0, 1) per site.
+    """
+    if obs.shape[1] > 1:
+        scores = [site_metrics(o, s) for o, s in zip(obs, sim)]
+        nse, *others = (np.array([score[name] for score in scores])
+                        for name in ("nse", "kge", "corr", "rmse", "ubrmse", "fhv"))
+        medians = [float(np.nanmedian(x)) if np.isfinite(x).any() else math.nan
+                   for x in (nse, *others)]
+        return dict(zip(("clipped NSE", "NSE", "KGE", "r", "RMSE", "ubRMSE", "FHV"),
+                        (float(np.nanmean(np.clip(nse, -1, 1))), *medians)),
+                    failed=float((nse < 0).mean()))
+    if np.isin(obs, (0, 1)).all():
+        scores = class_metrics(obs, sim)
+        return {"AUC": scores["auc"], **scores}
+    scores = site_metrics(obs, sim)
+    return {"R2": scores["nse"], "RMSE": scores["rmse"], "r": scores["corr"],
+            "median difference": float(np.nanmedian(sim - obs))}
+
+
 def load_runs(folder):
-    """Every run under folder/runs: {setting: {model: [run]}}, with the metrics of its sites."""
+    """Every run under folder/runs: {setting: {model: [run]}}."""
     runs = defaultdict(lambda: defaultdict(list))
     for path in sorted(Path(folder, "runs").glob("*.npz")):
         with np.load(path) as z:
             run = dict(z)
         run |= json.loads(str(run["settings"]))
-        run["metrics"] = [site_metrics(o, s) for o, s in zip(run["obs"], run["sim"])]
         runs[run["setting"]][run["name"]].append(run)
     return runs
 
 
-def per_site(runs, metric="nse"):
-    """{site: mean over seeds of a metric} of one model's runs."""
+def per_site(runs):
+    """{site: score} of one model's runs, mean over seeds: NSE, or minus the error of its value."""
     values = defaultdict(list)
     for run in runs:
-        for site, scores in zip(run["ids"], run["metrics"]):
-            values[str(site)].append(scores[metric])
+        for site, o, s in zip(run["ids"], run["obs"], run["sim"]):
+            values[str(site)].append(site_metrics(o, s)["nse"] if len(o) > 1 else -abs(o - s)[0])
     return {site: float(np.mean(v)) for site, v in values.items()}
 
 
-def table(runs, reference="lstm", metrics=("nse", "kge", "corr", "rmse", "ubrmse", "fhv")):
-    """Print, per setting and model, the median ± s.e. over folds, and the gain on `reference`."""
+def table(runs):
+    """Print each setting's models: scores over all test sites ± standard error over folds, and the
+    paired gain per site over the supervised baseline with the p-value of a sign test."""
     for setting, models in runs.items():
-        print(f"\n{setting}\n{'model':<20}{'folds':>6}{'seeds':>6}{'sites':>6}"
-              + "".join(f"{m:>16}" for m in metrics)
-              + f"{'clipped':>9}{'< 0':>7}{'gain':>8}{'p':>9}")
-        base = per_site(models.get(reference, ()))
+        base = next((per_site(models[name]) for name in BASELINES if name in models), {})
+        print(f"\n{setting}")
         for name, of_model in models.items():
-            folds = {run["fold"] for run in of_model}
-            line = f"{name:<20}{len(folds):>6}{len({run['seed'] for run in of_model}):>6}"
-            line += f"{len(per_site(of_model)):>6}"
-            for metric in metrics:
-                medians = [np.nanmedian([*per_site(part, metric).values()]) for part in
-                           [of_model] + [[r for r in of_model if r["fold"] == f] for f in folds]]
-                error = ratio(np.std(medians[1:]), (len(folds) - 1) ** 0.5)
-                line += f"{medians[0]:>8.3f} ± {error:5.3f}"
-            nse = per_site(of_model)
-            values = np.array([*nse.values()])
-            line += f"{np.nanmean(np.clip(values, -1, 1)):>9.3f}{np.nanmean(values < 0):>7.1%}"
-            gain = np.array([nse[site] - base[site] for site in nse if site in base])
-            gain = gain[np.isfinite(gain)]
-            if len(gain) and name != reference:
-                line += f"{np.median(gain):>+8.3f}{sign_test(gain):>9.1e}"
+            seeds, folds = ({run[key] for run in of_model} for key in ("seed", "fold"))
+            parts = [[run for run in of_model if run["fold"] == fold] for fold in folds]
+            scores = [[skill(*(np.concatenate([run[key] for run in part if run["seed"] == seed])
+                               for key in ("obs", "sim"))) for seed in seeds]
+                      for part in (of_model, *parts)]
+            line = f"{name:<20} {len(folds)} folds, {len(seeds)} seeds"
+            for metric in scores[0][0]:
+                mean, *by_fold = (np.mean([s[metric] for s in of_seed]) for of_seed in scores)
+                error = ratio(np.std(by_fold), (len(folds) - 1) ** 0.5)
+                line += f"  {metric} {mean:.3f} ± {error:.3f}"
+            mine = per_site(of_model)
+            gain = np.array([mine[site] - base[site] for site in mine if site in base])
+            gain = gain[np.isfinite(gain) & (gain != 0)]
+            if len(gain):
+                line += f"  gain {np.median(gain):+.3f}, p {sign_test(gain):.1e}"
             print(line)
 
 
 def plot(runs, folder):
-    """Draw every setting's figures into the folder; returns their paths."""
+    """Draw the figures of every setting into the folder; returns their paths."""
     try:
         import matplotlib
     except ImportError:
@@ -128,51 +149,48 @@ def plot(runs, folder):
         return []
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    paths, curves = [], defaultdict(lambda: defaultdict(dict))
+    paths, curves = [], defaultdict(dict)
 
     def save(figure, name):
         paths.append(Path(folder, name.replace(", ", "_").replace(" ", "-") + ".png"))
-        figure.savefig(paths[-1], dpi=80, bbox_inches="tight")
+        figure.savefig(paths[-1], dpi=80)
         plt.close(figure)
 
     for setting, models in runs.items():
-        figure, axis = plt.subplots(figsize=(5, 3.5))
+        what = "NSE" if next(iter(models.values()))[0]["obs"].shape[1] > 1 else "- absolute error"
+        figure, axes = plt.subplots(2, 2, figsize=(12, 7), layout="constrained")
+        (distribution, place), series = axes
         for name, of_model in models.items():
             values = np.sort([*per_site(of_model).values()])
-            share = np.linspace(0, 1, len(values))
-            axis.plot(values, share, label=f"{name}, {np.median(values):.2f}")
+            distribution.plot(values, np.linspace(0, 1, len(values)),
+                              label=f"{name}, {np.nanmedian(values):.2f}")
             head, _, labelled = setting.partition(", labelled ")
-            curves[head][name][labelled or "all"] = np.median(values)
-        axis.set(xlim=(-1, 1), xlabel="NSE at held-out sites", ylabel="share of sites",
-                 title=setting)
-        axis.legend(title="model, median", fontsize=8)
-        save(figure, f"distribution {setting}")
-        for name, of_model in models.items():
-            nse, run = per_site(of_model), of_model[0]
-            place = {str(i): x for r in of_model for i, x in zip(r["ids"], r["latlon"])}
-            lat, lon = np.array([place[site] for site in nse]).T
-            figure, axis = plt.subplots(figsize=(7, 3.5))
-            dots = axis.scatter(lon, lat, c=[*nse.values()], vmin=0, vmax=1, s=12)
-            figure.colorbar(dots, label="NSE")
-            axis.set(xlabel="longitude", ylabel="latitude", title=f"{name}, {setting}")
-            save(figure, f"map {setting} {name}")
-            order = np.argsort([m["nse"] for m in run["metrics"]])
-            figure, axes = plt.subplots(2, 1, figsize=(8, 5), layout="constrained")
-            for axis, i, what in zip(axes, (order[len(order) // 2], order[0]), ("median", "worst")):
-                for key, label, colour in (("obs", "observed", "k"), ("sim", name, "C1")):
-                    axis.plot(run["dates"][-730:], run[key][i][-730:], colour, lw=0.8, label=label)
-                title = f"{what} site: {run['ids'][i]}, NSE {run['metrics'][i]['nse']:.2f}"
-                axis.set(ylabel="mm/d", title=title)
-            axes[0].legend()
-            save(figure, f"hydrographs {setting} {name}")
-    for head, models in curves.items():
-        figure, axis = plt.subplots(figsize=(5, 3.5))
-        for name, points in models.items():
-            labels = sorted(points, key=lambda n: float("inf") if n == "all" else int(n))
-            axis.plot(labels, [points[n] for n in labels], "o-", label=name)
-        axis.set(xlabel="training sites with observations", ylabel="median NSE", title=head)
-        axis.legend()
-        save(figure, f"labels {head}")
+            curves[head, name][float(labelled or "inf")] = np.nanmedian(values)
+        distribution.set(xlabel=f"{what} at held-out sites", ylabel="share of sites",
+                         xlim=(-1, 1) if what == "NSE" else None, title=setting)
+        distribution.legend(title="model, median")
+        name, of_model = next(reversed(models.items()))
+        score, run = per_site(of_model), of_model[0]
+        where = {str(i): x for r in of_model for i, x in zip(r["ids"], r["latlon"])}
+        lat, lon = np.array([where[site] for site in score]).T
+        dots = place.scatter(lon, lat, c=[*score.values()], s=12, vmin=0 if what == "NSE" else None)
+        figure.colorbar(dots, label=what)
+        place.set(xlabel="longitude", ylabel="latitude", title=name)
+        order = np.argsort([score[str(i)] for i in run["ids"]])
+        for axis, i, kind in zip(series, (order[len(order) // 2], order[0]), ("median", "worst")):
+            for key, label, colour in (("obs", "observed", "k"), ("sim", name, "C1")):
+                axis.plot(run["dates"][-730:], run[key][i][-730:], colour, lw=0.8, label=label)
+            axis.set_title(f"{kind} site: {run['ids'][i]}, {what} {score[str(run['ids'][i])]:.2f}")
+            axis.legend()
+        save(figure, setting)
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for (head, name), points in curves.items():
+        labels = sorted(points)
+        axis.plot([f"{n:.0f}" if n < math.inf else "all" for n in labels],
+                  [points[n] for n in labels], "o-", label=f"{name}, {head}")
+    axis.set(xlabel="training sites with observations", ylabel="median score at held-out sites")
+    axis.legend(fontsize=8)
+    save(figure, "labels")
     return paths
 
 

@@ -1,7 +1,8 @@
-"""Predict streamflow at sites without observations: frozen encoder, residual adapter, small head.
+"""Predict at sites without observations: frozen encoder, residual adapter, small head.
 
-    python train.py && python finetune.py               resconn and the LSTM baseline, one fold
-    python finetune.py --model resconn,lstm --labelled 60 --seeds 3
+    python train.py && python finetune.py               streamflow: resconn and the LSTM, one fold
+    python finetune.py --task soil                      likewise soil_moisture, landslide
+    python finetune.py --model resconn,lstm --labelled 60 --seeds 3 --fold all
     python finetune.py --data caravan:DIR --checkpoint out/pub{fold}/pretrained.pt --fold all
     python eval.py                                      the table over all runs
 
@@ -19,22 +20,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import data
-from eval import site_metrics
+from eval import skill
 from model import Config, Dropout, StefaLand
-from train import Windows, fit_scaling, learning_rate, option, parse, setup
+from train import Windows, descend, fit_scaling, learning_rate, option, parse, setup
 
 
 @dataclass
 class Options:
+    task: str = option("streamflow", "streamflow, soil_moisture, soil or landslide")
     data: str = option("synthetic", "synthetic, or sources: caravan:DIR,camels:DIR")
-    model: str = option("resconn,lstm", "variants, joined by commas")
+    model: str = option("", "variants, joined by commas; empty: resconn and the task's baselines")
+    target: str = option("clay", "what --task soil predicts: clay, silt or sand")
+    vectors: str = option("", "AlphaEarth vectors, csv or npz, for --model alphaearth")
     checkpoint: str = option("", "pretrained weights, {fold} = the fold; empty: those in --out")
     out: str = option("out", "folder of checkpoint, cache and runs")
     holdout: str = option("pub", "pub (random sites) or pur (regions)")
     folds: int = option(5, "number of folds")
     fold: str = option("0", "folds to test on, joined by commas, or all")
+    cut: int = option(0, "seed of the folds; train.py cuts with 0")
     seeds: int = option(1, "repetitions, with other weights, batches and labelled sites")
     seed: int = option(0, "the first seed")
     basins: str = option("", "file with a gauge per line: only these, after the folds are cut")
@@ -42,6 +48,7 @@ class Options:
     missing: float = option(0.0, "share of the attribute groups hidden at test sites")
     train_period: str = option("", "FROM/TO, like 1989-10-01/1999-09-30; empty: 60 % of the days")
     test_period: str = option("", "FROM/TO; empty: the last 40 % of the days")
+    static_only: bool = option(False, "attributes alone, also of gauges without a series")
     adapter: str = option("residual", "residual, feedforward, bottleneck, gated or experts")
     residual: str = option("weather", "what the residual path sees: weather, or all inputs")
     tokens: str = option("both", "tokens that the head reads: day, site or both")
@@ -49,7 +56,7 @@ class Options:
     steps: int = option(600, "optimiser steps")
     batch_size: int = option(32, "windows per step")
     lr: float = option(2e-3, "peak learning rate")
-    dropout: float = option(0.2, "before the LSTM and before the output")
+    dropout: float = option(0.2, "before the head and before its output")
     warmup: int = option(120, "first days of a window that are not scored")
     cache_gb: float = option(4.0, "encoded windows beyond this go to a memory map on disk")
     allow_overlap: bool = option(False, "test on sites the checkpoint has seen; the run says so")
@@ -57,13 +64,25 @@ class Options:
     quick: bool = option(False, "the same path in under a minute, nothing learned")
 
 
-VARIANTS = {  # how the encoder is used, what the residual path sees, the head
-    "resconn": ("frozen", "weather", "lstm"),
-    "noresconn": ("frozen", "", "lstm"),
+TASKS = {  # head, target -> what is learned, and back, the models compared by default
+    "streamflow": ("lstm", lambda y: np.sqrt(np.maximum(y, 0)), lambda y: np.maximum(y, 0) ** 2,
+                   "resconn,lstm"),
+    "soil_moisture": ("lstm", np.array, np.array, "resconn,lstm"),
+    "soil": ("mlp", np.array, np.array, "resconn,mlp,glm"),
+    "landslide": ("cnn", np.array, lambda y: 1 / (1 + np.exp(-y)), "resconn,cnn,glm"),
+}
+VARIANTS = {  # where E comes from, what the residual path sees, the head if not the task's own
+    "resconn": ("frozen", "weather", ""),
+    "noresconn": ("frozen", "", ""),
     "linear": ("frozen", "", "linear"),
-    "scratch": ("random", "weather", "lstm"),
+    "scratch": ("random", "weather", ""),
     "direct": ("direct", "", ""),
-    "lstm": ("", "all", "lstm"),
+    "alphaearth": ("vectors", "", ""),
+    "alphaearth-resconn": ("vectors", "weather", ""),
+    "lstm": ("", "all", ""),        # the same baseline under the name of the task's head
+    "mlp": ("", "all", ""),
+    "cnn": ("", "", ""),            # patches alone
+    "glm": ("", "all", "linear"),   # linear or logistic regression
 }
 ADAPTERS = {  # what is added to x = E + r
     "residual": lambda d: None,
@@ -75,43 +94,57 @@ ADAPTERS = {  # what is added to x = E + r
 
 
 class Predictor(nn.Module):
-    """Tokens of the encoder and residual path -> adapter -> head: a number per day, (B, L)."""
+    """Tokens of the encoder and residual path -> adapter -> head: a number per day, (B, L).
 
-    def __init__(self, variant, sites, encoder, o):
+    Where a site has a single value, L = 1, and the residual path sees the attributes.
+    """
+
+    def __init__(self, variant, task, sites, wide, o):
         super().__init__()
         (use, reads, head), d = VARIANTS[variant], o.width
-        self.reads = o.residual if use and reads else reads
-        self.encoder = encoder if use == "random" else None
-        n = len(sites.dynamic_names)
-        n = n if self.reads == "weather" else 2 * (n + len(sites.static_names))
+        self.head = head or TASKS[task][0]
+        daily, n, s = sites.target.ndim == 2, len(sites.dynamic_names), len(sites.static_names)
+        self.reads = reads and ((o.residual if use else reads) if daily else "static")
+        n = {"": 0, "weather": n, "static": 2 * s, "all": 2 * (n + s)}[self.reads]
         if use:
-            wide = encoder.config.d_model
             self.norms = nn.ModuleList([nn.LayerNorm(wide), nn.LayerNorm(wide)])
             self.gain = nn.Parameter(torch.tensor([o.tokens != "site", o.tokens != "day"]).float())
             self.expand = nn.Linear(wide, d) if wide != d else nn.Identity()
         if self.reads:
             self.conv, self.mix = nn.Conv1d(n, d, 3, padding=1), nn.Linear(d, d)
         self.adapter = ADAPTERS[o.adapter](d) if use else None
-        self.lstm = nn.LSTM(d, d, batch_first=True) if head == "lstm" else None
         self.dropout, self.output = Dropout(o.dropout), nn.Linear(d, 1)
+        if self.head == "lstm":
+            self.lstm = nn.LSTM(d, d, batch_first=True)
+        if self.head == "cnn":
+            self.cnn = nn.Sequential(
+                nn.Conv2d(sites.patches.shape[1], d // 4, 3, padding=1), nn.GELU(), nn.MaxPool2d(2),
+                nn.Conv2d(d // 4, d, 3, padding=1), nn.GELU(), nn.AdaptiveAvgPool2d(1),
+                nn.Flatten())
+        if self.head in ("mlp", "cnn"):
+            self.mlp = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU())
 
-    def forward(self, encoded, forcing, static, latlon, doy):
-        """encoded (B, L+1, D) of the frozen encoder, or None; the rest as from Windows.get."""
+    def forward(self, encoded, forcing, static, patch):
+        """encoded (B, L+1, D): E of each day and of the site, or None; patch (B, K, H, W)."""
         x = 0
-        if self.encoder is not None:
-            encoded = self.encoder.encode(forcing, static, latlon, doy)
         if encoded is not None:
             day, site = self.norms[0](encoded[:, :-1]), self.norms[1](encoded[:, -1:])
             x = self.expand(self.gain[0] * day + self.gain[1] * site)           # (B, L, width)
+            x = x.expand(-1, forcing.shape[1], -1)          # AlphaEarth's L is 1
         if self.reads:
-            r = forcing.nan_to_num()
-            if self.reads == "all":
-                site = torch.cat([static.nan_to_num(), static.isnan().float()], -1)
-                site = site[:, None].expand(-1, forcing.shape[1], -1)
-                r = torch.cat([r, forcing.isnan().float(), site], -1)
-            x = x + self.mix(self.conv(r.mT).mT)                                # (B, L, width)
-        x = x if self.adapter is None else x + self.adapter(x)
-        x = self.dropout(x) if self.lstm is None else self.lstm(self.dropout(x))[0]
+            site = torch.cat([static.nan_to_num(), static.isnan().float()], -1)[:, None]
+            site = site.expand(-1, forcing.shape[1], -1)                        # (B, L, 2 S)
+            weather = forcing.nan_to_num()                                      # (B, L, C)
+            r = {"weather": [weather], "static": [site],
+                 "all": [weather, forcing.isnan().float(), site]}[self.reads]
+            x = x + self.mix(self.conv(torch.cat(r, -1).mT).mT)                 # (B, L, width)
+        if self.adapter is not None:
+            x = x + self.adapter(x)
+        if self.head == "cnn":
+            x = x + self.cnn(patch)[:, None]                                    # (B, 1, width)
+        if self.head == "linear":
+            return self.output(x)[..., 0]
+        x = self.lstm(self.dropout(x))[0] if self.head == "lstm" else self.mlp(self.dropout(x))
         return self.output(self.dropout(x))[..., 0]                             # (B, L)
 
 
@@ -128,20 +161,20 @@ class Experts(nn.Module):
 
 
 class Direct(nn.Module):
-    """The pretrained network end to end, with streamflow as one more, always hidden, variable."""
+    """The pretrained network end to end, with the target as one more, always hidden, variable."""
 
     def __init__(self, pretrained):
         super().__init__()
         c = pretrained.config
-        self.network = StefaLand(replace(c, dynamic_names=(*c.dynamic_names, "flow"),
-                                         dynamic_groups=(*c.dynamic_groups, "flow")))
+        self.network = StefaLand(replace(c, dynamic_names=(*c.dynamic_names, "target"),
+                                         dynamic_groups=(*c.dynamic_groups, "target")))
         for key, value in self.network.state_dict().items():
             old = pretrained.state_dict()[key]
             value[tuple(map(slice, old.shape))] = old       # the new variable's weights come last
 
-    def forward(self, encoded, forcing, static, latlon, doy):
-        forcing = torch.cat([forcing, torch.full_like(forcing[..., :1], torch.nan)], -1)
-        return self.network.decode(self.network.encode(forcing, static, latlon, doy))[0][..., -1]
+    def forward(self, *inputs):
+        forcing = torch.cat([inputs[0], torch.full_like(inputs[0][..., :1], torch.nan)], -1)
+        return self.network.decode(self.network.encode(forcing, *inputs[1:]))[0][..., -1]
 
 
 def load_encoder(path, sites, device):
@@ -163,12 +196,19 @@ def load_encoder(path, sites, device):
         blank = np.full_like(values[..., :1], np.nan)
         columns = [own.index(n) if n in own else len(own) for n in known]
         arranged |= {field: np.concatenate([values, blank], -1)[..., columns], name: known}
-    return model.to(device).eval().requires_grad_(False), saved, replace(sites, **arranged)
+    lack = max(model.config.max_days - len(sites.dates), 0)     # sites without weather: all missing
+    forcing = np.pad(arranged["forcing"], ((0, 0), (0, lack), (0, 0)), constant_values=np.nan)
+    dates = sites.dates[0] + np.arange(len(sites.dates) + lack)
+    return (model.to(device).eval().requires_grad_(False), saved,
+            replace(sites, **arranged | dict(forcing=forcing, dates=dates)))
 
 
-def encode_windows(model, windows, site, start, o, device):
-    """The frozen encoder's output for fixed windows, once: (n, L+1, D) half, on disk if large."""
-    shape = (len(site), windows.days + 1, model.config.d_model)
+def encode_windows(model, windows, site, start, daily, o):
+    """The frozen encoder's output for fixed windows, once: (n, L+1, D) half, on disk if large.
+
+    Not daily: the mean over the days stands for them, (n, 2, D).
+    """
+    shape = (len(site), windows.days + 1 if daily else 2, model.config.d_model)
     if np.prod(shape) * 2 <= o.cache_gb * 1e9:
         store = torch.empty(shape, dtype=torch.float16)
     else:
@@ -176,8 +216,11 @@ def encode_windows(model, windows, site, start, o, device):
         store = torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape))
     with torch.no_grad():
         for i in torch.arange(len(site)).split(64):
-            batch = [x.to(device) for x in windows.get(site[i], start[i])]
-            store[i] = model.encode(*batch).half().cpu()
+            batch = [x.to(model.position.device) for x in windows.get(site[i], start[i])]
+            tokens = model.encode(*batch)                                       # (64, L+1, D)
+            if not daily:
+                tokens = torch.stack([tokens[:, :-1].mean(1), tokens[:, -1]], 1)
+            store[i] = tokens.half().cpu()
     return store
 
 
@@ -198,130 +241,162 @@ def day_slice(text, dates, default):
     return slice(int((first - dates[0]).astype(int)), int((last - dates[0]).astype(int)) + 1)
 
 
-def run(o, variant, sites, fold_of, fold, seed):
-    """Train one model on one fold. Returns what the run's file holds."""
-    device, began, rng = setup(o.device)[2], time.time(), np.random.default_rng([seed, fold])
-    torch.manual_seed(seed)
-    use = VARIANTS[variant][0]
-    keys, T = np.array([data.gauge(i) for i in sites.ids]), len(sites.dates)
+def choose_sites(o, sites, fold_of, fold, rng):
+    """Indices of training, validation and test sites: all have targets, test is the fold."""
+    keys = np.array([data.gauge(i) for i in sites.ids])
     wanted = np.isin(keys, Path(o.basins).read_text().split()) if o.basins else keys == keys
-    wanted &= ~np.isnan(sites.target).all(1)
+    wanted &= ~np.isnan(sites.target.reshape(len(keys), -1)).all(1)
     test = np.flatnonzero(wanted & (fold_of == fold))
     pool = rng.permutation(np.flatnonzero(wanted & (fold_of != fold)))[:o.labelled or None]
     validation, training = map(np.sort, np.split(pool, [max(len(pool) // 7, 1)]))
     if not len(test) or not len(training):
         raise ValueError(f"fold {fold}: {len(test)} test and {len(training)} training sites")
-    past, future = (day_slice(o.train_period, sites.dates, (0, 0.6)),
-                    day_slice(o.test_period, sites.dates, (0.6, 1)))
-    if o.missing:                                           # hide attribute groups at test sites
-        group_of = np.array([data.GROUP.get(n, n) for n in sites.static_names])
-        static = sites.static.copy()
-        for group in sorted({*group_of} - {"context"}):
-            static[np.ix_(test[rng.random(len(test)) < o.missing], group_of == group)] = np.nan
-        sites = replace(sites, static=static)
+    return training, validation, test
 
-    # inputs: windows on the head's own scaling, and what the frozen encoder makes of them
+
+def hide_groups(sites, at, share, rng):
+    """`sites` with a share of the attribute groups hidden at the sites `at`."""
+    groups = np.array([data.GROUP.get(n, n) for n in sites.static_names])
+    static = sites.static.copy()
+    for group in sorted({*groups} - {"context"}):
+        static[np.ix_(at[rng.random(len(at)) < share], groups == group)] = np.nan
+    return replace(sites, static=static)
+
+
+def run(o, variant, sites, fold_of, fold, seed):
+    """Train one model on one fold. Returns what the run's file holds."""
+    device, began, rng = setup(o.device)[2], time.time(), np.random.default_rng([seed, fold])
+    torch.manual_seed(seed)
+    use, (_, forth, back, _) = VARIANTS[variant][0], TASKS[o.task]
+    training, validation, test = choose_sites(o, sites, fold_of, fold, rng)
+    sites, daily = hide_groups(sites, test, o.missing, rng), sites.target.ndim == 2
+    past, future = slice(0, 1), slice(0, 1)
+    if daily:
+        past = day_slice(o.train_period, sites.dates, (0, 0.6))
+        future = day_slice(o.test_period, sites.dates, (0.6, 1))
+
+    # inputs: windows on the head's own scaling, and what the frozen encoder makes of its own
     scaling = {"forcing": fit_scaling(sites.forcing[training, past]),
                "static": fit_scaling(sites.static[fold_of != fold])}
-    encoder, view, overlap, length = None, sites, 0, min(365, T)
-    if use:
+    overlap, length, wide = 0, min(365, len(sites.dates)), sites.vectors.shape[1]
+    if use in ("frozen", "random", "direct"):
         path = (o.checkpoint or f"{o.out}/pretrained.pt").replace("{fold}", str(fold))
         encoder, saved, view = load_encoder(path, sites, device)
-        overlap = int(np.isin(keys[test], [*map(data.gauge, saved["ids"])]).sum())
+        overlap = len({*map(data.gauge, sites.ids[test])} & {*map(data.gauge, saved["ids"])})
         if overlap and not o.allow_overlap:
             raise ValueError(f"{path} has seen {overlap} of the {len(test)} test sites; pretrain "
                              f"with --holdout {o.holdout} --folds {o.folds} --fold {fold}")
-        length = encoder.config.max_days
-    frozen = use == "frozen"
-    inputs = Windows(view, saved["scaling"], length) if use else None
-    windows = Windows(sites, scaling, length) if frozen or not use else inputs
-    sets = {key: tile(chosen, days, length, o.warmup) for key, chosen, days in (
+        length, wide = encoder.config.max_days, encoder.config.d_model
+        inputs = Windows(view, saved["scaling"], length)
+    span, warmup = (length, o.warmup) if daily else (1, 0)
+    windows, patches = Windows(sites, scaling, span), torch.from_numpy(sites.patches)
+    sets = {key: tile(chosen, days, span, warmup) for key, chosen, days in (
         ("training", training, past), ("validation", validation, past), ("test", test, future))}
-    coded = {key: encode_windows(encoder, inputs, *windows_of, o, device)
-             for key, windows_of in sets.items() if frozen}
+    coded = {key: encode_windows(encoder, inputs, *windows_of, daily, o)
+             for key, windows_of in sets.items() if use == "frozen"}
+    vectors = torch.from_numpy(sites.vectors).nan_to_num()
     if use == "direct":
         model = Direct(encoder).to(device)
     else:
-        encoder = StefaLand(encoder.config) if use == "random" else encoder
-        model = Predictor(variant, view if use == "random" else sites, encoder, o).to(device)
-
-    # target: square root of the flow, standardised; errors weighted as in NSE, per site
-    root = np.sqrt(np.maximum(sites.target, 0))                                 # (N, T)
-    centre, spread = np.nanmean(root[training, past]), np.nanstd(root[training, past])
-    weight = np.full(len(keys), np.nan, np.float32)
-    weight[training] = 1 / (np.nanstd(root[training, past], 1) / spread + 0.1) ** 2
-    target = torch.from_numpy((root - centre) / spread).float().unfold(1, length, 1)
-    weight = torch.from_numpy(weight).to(device)
+        model = Predictor(variant, o.task, sites, wide, o)
+        model.encoder = StefaLand(encoder.config) if use == "random" else None
+        model = model.to(device)
 
     def predict(key, i):
+        """Output (B, L) for the windows i of a set."""
         site, start = (x[i] for x in sets[key])
-        batch = [x.to(device) for x in windows.get(site, start)]
-        return model(coded[key][i].to(device).float() if frozen else None, *batch)
+        if use in ("random", "direct"):
+            batch = [x.to(device) for x in inputs.get(site, start)]
+        if use == "direct":
+            return model(*batch)
+        encoded = {"frozen": lambda: coded[key][i].float(), "": lambda: None,
+                   "random": lambda: model.encoder.encode(*batch),
+                   "vectors": lambda: vectors[site][:, None].expand(-1, 2, -1)}[use]()
+        forcing, static, *_ = windows.get(site, start)
+        return model(*(x if x is None else x.to(device)
+                       for x in (encoded, forcing, static, patches[site])))
 
-    def simulate(key, chosen, days):                        # flow in mm/d, (sites, days)
-        flow = np.full((len(keys), T), np.nan, np.float32)
+    # target: transformed, standardised; its errors weighted as in NSE, per site
+    observed = sites.target.reshape(len(sites.ids), -1)                         # (N, T) or (N, 1)
+    learned = forth(observed)
+    centre, spread = np.nanmean(learned[training, past]), np.nanstd(learned[training, past])
+    classes = o.task == "landslide"                         # 0 and 1, learned as they are
+    centre, spread = (0.0, 1.0) if classes else (centre, spread)
+    weight = np.ones((len(observed), 1), np.float32)
+    if daily:
+        weight[training, 0] = 1 / (np.nanstd(learned[training, past], 1) / spread + 0.1) ** 2
+    weight = torch.from_numpy(weight).to(device)
+    target = torch.from_numpy((learned - centre) / spread).float().unfold(1, span, 1)
+
+    def simulate(key, chosen, days):
+        """Observed and simulated values of some sites, (sites, days) each."""
+        result = np.full(observed.shape, np.nan, np.float32)
         site, start = sets[key]
         late_first = np.argsort(-start, kind="stable")      # warmed-up days overwrite the others
         model.eval()
         with torch.no_grad():
             for i in np.array_split(late_first, len(site) // 128 + 1):
-                for j, y in zip(i, predict(key, i).cpu().numpy() * spread + centre):
-                    skip = o.warmup if start[j] else 0
-                    flow[site[j], start[j] + skip:start[j] + length] = np.maximum(y[skip:], 0) ** 2
+                for j, y in zip(i, back(predict(key, i).cpu().numpy() * spread + centre)):
+                    skip = warmup if start[j] else 0
+                    result[site[j], start[j] + skip:start[j] + span] = y[skip:]
         model.train()
-        flow, obs = flow[chosen, days], sites.target[chosen, days]
-        return flow, np.array([site_metrics(a, b)["nse"] for a, b in zip(obs, flow)])
+        return observed[chosen, days], result[chosen, days]
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, o.lr, weight_decay=1e-2)
-    best, kept, seconds = -np.inf, model.state_dict(), 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=1e-2)
+    best, kept, seconds = -np.inf, None, 0.0
     for step in range(o.steps):
         tick = time.time()
         i = rng.choice(len(sets["training"][0]), o.batch_size)
         site, start = (x[i] for x in sets["training"])
         truth = target[site, start].to(device)                                  # (B, L)
         scored = ~truth.isnan()
-        scored[:, :o.warmup] = False
-        for group in optimizer.param_groups:
-            group["lr"] = o.lr * learning_rate(step / o.steps)
-        error = (predict("training", i) - truth.nan_to_num()).square() * weight[site, None]
-        loss = (error * scored).sum() / scored.sum().clamp(min=1)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        scored[:, :warmup] = False
+        guess, truth = predict("training", i)[scored], truth[scored]
+        squares = (guess - truth).square() * weight[site].expand(scored.shape)[scored]
+        loss = F.binary_cross_entropy_with_logits(guess, truth) if classes else squares.mean()
+        descend(optimizer, loss, o.lr * learning_rate(step / o.steps), clip=1.0,
+                where=f"{variant}, step {step}")
         seconds += time.time() - tick
         if (step + 1) % max(o.steps // 10, 1) == 0:         # early stopping on validation sites
-            score = np.nanmean(np.clip(simulate("validation", validation, past)[1], -1, 1))
-            if score > best:
+            score = next(iter(skill(*simulate("validation", validation, past)).values()))
+            if kept is None or score > best:
                 best, kept = score, {k: x.clone() for k, x in model.state_dict().items()}
     model.load_state_dict(kept)
-    sim, nse = simulate("test", test, future)
+    obs, sim = simulate("test", test, future)
     epoch = seconds / o.steps * len(sets["training"][0]) / o.batch_size
     print(f"fold {fold} seed {seed} {variant:<10} {len(training)} + {len(validation)} sites, "
-          f"validation {best:.3f}; test NSE median {np.nanmedian(nse):.3f}, mean of clipped "
-          f"{np.nanmean(np.clip(nse, -1, 1)):.3f}, {np.nanmean(nse < 0):.0%} below 0; "
-          f"{epoch:.1f} s an epoch, {time.time() - began:.0f} s in all", flush=True)
+          f"validation {best:.3f}; test "
+          + ", ".join(f"{name} {value:.3f}" for name, value in [*skill(obs, sim).items()][:3])
+          + f"; {epoch:.1f} s an epoch, {time.time() - began:.0f} s in all", flush=True)
     return dict(ids=sites.ids[test], latlon=sites.latlon[test], dates=sites.dates[future],
-                obs=sites.target[test, future], sim=sim, overlap=overlap, validation=best)
+                obs=obs, sim=sim, overlap=overlap, validation=best)
 
 
 def main(argv=None):
     o = parse(Options, __doc__, argv)
-    variants = o.model.split(",")
-    for given, known in [*((v, VARIANTS) for v in variants), (o.adapter, ADAPTERS)]:
+    for given, known in [*((v, VARIANTS) for v in o.model.split(",") if v), (o.adapter, ADAPTERS),
+                         (o.task, TASKS)]:
         if given not in known:
             raise ValueError(f"'{given}': expected one of {', '.join(known)}")
+    o.model = o.model or TASKS[o.task][-1]
     if o.quick:
         o.steps, o.batch_size = min(o.steps, 10), 8
-    world = dict(n_sites=60, years=3) if o.quick else {}
-    sites = data.load(o.data, cache=Path(o.out) / "cache", **world)
-    fold_of = data.folds(sites, o.holdout, o.folds)
-    setting = f"streamflow {o.data.partition(':')[0]} {o.holdout}{o.folds}" + "".join(
-        f", {key} {getattr(o, key):g}" for key in ("missing", "labelled") if getattr(o, key))
+    target = "streamflow" if o.task == "soil" else o.task
+    sites = data.load(o.data, target, cache=Path(o.out) / "cache", static_only=o.static_only,
+                      quick=o.quick)
+    if o.task == "soil":                                    # all three fractions are hidden
+        texture = [sites.static_names.index(name) for name in ("clay", "silt", "sand")]
+        sites.target = sites.static[:, sites.static_names.index(o.target)].copy()
+        sites.static[:, texture] = np.nan
+    if o.vectors:
+        sites = data.join_vectors(sites, o.vectors)
+    fold_of = data.folds(sites, o.holdout, o.folds, o.cut)
+    setting = f"{o.task} {o.data.partition(':')[0]} {o.holdout}{o.folds}" + "".join(
+        f", {key} {getattr(o, key)}" for key in ("target", "cut", "missing", "labelled")
+        if getattr(o, key) != getattr(Options, key) or key == "target" and o.task == "soil")
     for fold in range(o.folds) if o.fold == "all" else map(int, o.fold.split(",")):
         for seed in range(o.seed, o.seed + o.seeds):
-            for variant in variants:
+            for variant in o.model.split(","):
                 changed = [getattr(o, key) for key in ("adapter", "residual", "tokens")
                            if getattr(o, key) != getattr(Options, key) and variant != "lstm"]
                 name = " ".join([variant, *changed])

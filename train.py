@@ -2,9 +2,9 @@
 
     python train.py                                     the synthetic world, minutes on 2 CPU cores
     python train.py --data caravan:DIR,camels:DIR       real basins
+    python train.py --data caravan:DIR --static-only    their attributes alone, of all gauges
     torchrun --nproc_per_node=4 train.py --preset paper --data …
     python train.py --resume                            after Ctrl-C, bit for bit
-    python train.py --benchmark --preset paper          speed of a training step
 
 Writes out/pretrained.pt and prints, at the end, how well hidden groups are reconstructed at sites
 that were never trained on.
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from model import PRESETS, Config, Linear, StefaLand, masked_loss
+from model import PRESETS, Config, StefaLand, masked_loss
 
 
 def option(default, text):
@@ -39,6 +39,7 @@ class Options:
     out: str = option("out", "folder of the checkpoint and of the cache of parsed archives")
     preset: str = option("small", "size of the network and of its training: small or paper")
     config: str = option("", "changes to fields of model.Config, such as dropout=0,p_static=0.5")
+    static_only: bool = option(False, "attributes alone, also of gauges without a series")
     steps: int = option(0, "optimiser steps; 0: the preset's")
     batch_size: int = option(0, "windows per step, over all processes; 0: the preset's")
     lr: float = option(0.0, "peak learning rate (warm-up, then cosine); 0: the preset's")
@@ -51,7 +52,6 @@ class Options:
     dtype: str = option("auto", "float32, bfloat16 (autocast), or auto: what is faster here")
     save_every: int = option(200, "steps between checkpoints")
     resume: bool = option(False, "continue the checkpoint in --out, with its options")
-    benchmark: bool = option(False, "time training steps on random data and exit")
     quick: bool = option(False, "the same path in under a minute, nothing learned")
 
 
@@ -60,7 +60,7 @@ TRAINING = {"small": dict(steps=1200, batch_size=32, lr=2e-3),
 
 
 def train(o, sites):
-    """All of pretraining. Returns the model and the median seconds of a step."""
+    """All of pretraining, on every process; the first one prints and writes the checkpoint."""
     rank, world, device = setup(o.device)
     say = print if rank == 0 else lambda *args, **kwargs: None
     checkpoint, step = Path(o.out) / "pretrained.pt", 0
@@ -71,8 +71,8 @@ def train(o, sites):
     torch.manual_seed(o.seed)
     groups = [tuple(data.GROUP.get(n, n) for n in names)
               for names in (sites.dynamic_names, sites.static_names)]
-    changes = (pair.split("=") for pair in o.config.split(",") if pair)
-    changes = {key: ast.literal_eval(value) for key, value in changes}
+    changes = dict(pair.split("=") for pair in o.config.split(",") if pair)
+    changes = {key: ast.literal_eval(value) for key, value in changes.items()}
     config = Config(sites.dynamic_names, sites.static_names, *groups,
                     **PRESETS[o.preset] | {"max_days": o.seq_len} | changes)
     model = StefaLand(config).to(device)
@@ -88,9 +88,11 @@ def train(o, sites):
         say(f"resuming at step {step}")
     windows = Windows(sites, scaling, o.seq_len)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    o.dtype = choose_dtype(o.dtype, device, config.d_model)     # kept for --resume
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{size:,} parameters, {device}, {o.dtype}, {world} process(es)")
+    if o.dtype == "auto":                                       # kept for --resume
+        wide = config.d_model >= 128 and torch.cpu._is_avx512_bf16_supported()
+        o.dtype = "bfloat16" if device.type == "cuda" or wide else "float32"
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {o.dtype}, "
+        f"{world} process(es)")
 
     asked, stop, seconds, shown = [], False, [], 0.0
     for number in (signal.SIGINT, signal.SIGTERM):              # Ctrl-C ends the loop after a step
@@ -109,45 +111,54 @@ def train(o, sites):
         hidden = model.draw_masks(o.batch_size, o.seq_len, generator)
         share = slice(rank * o.batch_size // world, (rank + 1) * o.batch_size // world)
         batch = [x.to(device) for x in windows.get(site[share], start[share])]
-        for group in optimizer.param_groups:
-            group["lr"] = o.lr * learning_rate(step / o.steps)
-
         with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
             errors, counts = wrapped(*batch, hidden=[h[share] for h in hidden])
         counts = torch.cat([counts, counts.new_tensor([len(asked)])])
         if world > 1:                                           # the mean is over the whole batch
             dist.all_reduce(counts)
         loss = masked_loss(errors * world, counts[:2])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"step {step}: loss {loss.item()}, gradient norm "
-                                     f"{norm.item()}; {checkpoint} keeps the last good state")
-        optimizer.step()
+        descend(optimizer, loss, o.lr * learning_rate(step / o.steps), clip=5.0,
+                where=f"step {step}; {checkpoint} keeps the last good state")
         step, stop = step + 1, bool(counts[2] > 0)
         seconds.append(time.perf_counter() - began)
 
-        due = step % o.save_every == 0 or step == o.steps or stop
-        if due and rank == 0 and not o.benchmark:
+        if rank == 0 and (step % o.save_every == 0 or step == o.steps or stop):
             state = dict(version=1, config=dataclasses.asdict(config), scaling=scaling, step=step,
                          model=model.state_dict(), optimizer=optimizer.state_dict(),
                          ids=sites.ids[training].tolist(), options=dataclasses.asdict(o),
                          latlon=torch.tensor(sites.latlon[training]))
             data.write_atomically(checkpoint, lambda file: torch.save(state, file))
         if time.time() - shown > 10 or step == o.steps:
-            shown, pace = time.time(), np.mean(seconds[-200:])
+            shown, pace = time.time(), np.median(seconds[-200:])
             dynamic, static = (errors.detach() * world / counts[:2].clamp(min=1)).tolist()
             say(f"step {step}/{o.steps}  masked loss: dynamic {dynamic:.3f}, static {static:.3f}  "
-                f"{o.batch_size / pace:.0f} samples/s  {(o.steps - step) * pace / 60:.1f} min left",
+                f"{o.batch_size / pace:.1f} samples/s  {(o.steps - step) * pace / 60:.1f} min left",
                 flush=True)
     if stop:
         say(f"stopped after step {step}; continue with --resume")
-    elif rank == 0 and len(validation) and not o.benchmark:
+    elif rank == 0 and len(validation):
         report(model, windows, training, validation, device)
     if world > 1:
         dist.destroy_process_group()
-    return model, np.median(seconds[2:])
+
+
+def descend(optimizer, loss, lr, clip, where=""):
+    """One step of the optimiser; FloatingPointError instead if the loss has no finite gradient."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(weights, clip)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()} at {where}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+
+def learning_rate(progress):
+    """Share of the peak: linear warm-up over the first 5 %, then a cosine down to 2 %."""
+    cosine = math.cos(math.pi * max(progress - 0.05, 0) / 0.95)
+    return min(progress / 0.05 + 1e-3, 0.51 + 0.49 * cosine)
 
 
 class Windows:
@@ -200,50 +211,47 @@ def scale(values, scaling):
 
 
 def report(model, windows, training, validation, device):
-    """Print R2 of each hidden group at the validation sites, beside a yardstick and the mean.
+    """Print the R2 of each hidden group at the validation sites, beside a yardstick's.
 
     Yardsticks are fitted on the training sites: ridge regression on the attributes left visible
-    (static groups), day-of-year climatology (dynamic groups, hidden for 60 days). The network's
-    answer for an attribute is its mean over four windows of the site.
+    (static groups), day-of-year climatology (dynamic groups, hidden for 60 days).
     """
-    site = np.repeat(validation, 4)
-    start = windows.starts(site, np.random.default_rng(0))
-    batch = forcing, static, _, doy = windows.get(site, start)
+    site = np.repeat(validation, 4)                         # four windows of each
+    batch = windows.get(site, windows.starts(site, np.random.default_rng(0)))
+    forcing, static, _, doy = batch
     table, past = windows.static.numpy(), windows.forcing[training]             # (N, S), (N, T, C)
     climatology = torch.stack([past[:, windows.day_of_year == d].flatten(0, 1).nanmean(0)
-                               for d in range(1, 367)])                         # (366, C)
+                               for d in range(1, 367)])[doy.long() - 1]         # (B, T, C)
     block = slice(windows.days // 2, windows.days // 2 + 60)
-    c, model = model.config, model.eval()
-    print(f"\nR2 of hidden groups at {len(validation)} validation sites, mean over variables\n"
-          f"{'group':<24}{'StefaLand':>10}{'yardstick':>11}{'mean':>8}")
-    for kind, groups, truth in ((1, c.static_groups, static), (0, c.dynamic_groups, forcing)):
+    print(f"\nR2 at {len(validation)} validation sites, mean over the variables of a hidden group\n"
+          f"{'group':<24}{'StefaLand':>10}{'yardstick':>11}")
+    for kind, groups, truth in ((1, model.eval().config.static_groups, static),
+                                (0, model.config.dynamic_groups, forcing)):
         for group in sorted({*groups} - {"context"}):
             member = torch.tensor([g == group for g in groups])
             hidden = [torch.zeros_like(x).bool() for x in (forcing, static, static[:, 0])]
             hidden[kind][(..., member) if kind == 1 else (slice(None), block, member)] = True
             with torch.no_grad():
-                chunks = zip(*([y.to(device) for y in x.split(64)] for x in (*batch, *hidden)))
-                guess = torch.cat([model.decode(model.encode(*x[:4], hidden=x[4:]))[kind].cpu()
-                                   for x in chunks])                            # as truth
+                guess = torch.cat([
+                    model.decode(model.encode(*x[:4], hidden=x[4:]))[kind].cpu()
+                    for x in zip(*(x.to(device).split(64) for x in (*batch, *hidden)))])
+            simple = climatology
             if kind == 1:
-                guess = guess.view(-1, 4, len(groups)).mean(1).repeat_interleave(4, 0)
-                shown, simple = table[:, ~member], np.zeros_like(static)
-                simple[:, member] = np.stack([ridge(shown[training], y, shown[site])
-                                              for y in table[training][:, member].T], 1)
-            else:
-                simple = climatology[doy.long() - 1].numpy()
-            print(f"{('dynamic ', 'static ')[kind] + group:<24}" + "".join(
-                f"{r_squared(truth.numpy(), x, hidden[kind].numpy()):>10.3f}"
-                for x in (guess.numpy(), simple, np.zeros_like(truth))))
+                shown, simple = table[:, ~member], torch.zeros_like(static)
+                for v in np.flatnonzero(member):
+                    fit = ridge(shown[training], table[training, v], shown[site])
+                    simple[:, v] = torch.from_numpy(fit)
+            own, other = (r_squared(truth, x, hidden[kind]) for x in (guess, simple))
+            print(f"{('dynamic ', 'static ')[kind] + group:<24}{own:>10.3f}{other:>11.3f}")
 
 
 def r_squared(truth, guess, where):
     """1 - SSE/SST over observed entries in `where`, mean over the variables (last axis) it has."""
     scores = []
-    for y, x, w in zip(*(np.moveaxis(a, -1, 0) for a in (truth, guess, where))):
-        y, x = y[w & ~np.isnan(y)], x[w & ~np.isnan(y)]
-        if y.size and y.std() > 1e-6:
-            scores.append(1 - ((y - x) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+    for y, x, w in zip(*(a.flatten(0, -2).T.double() for a in (truth, guess, where))):
+        y, x = y[(w > 0) & ~y.isnan()], x[(w > 0) & ~y.isnan()]
+        if len(y) > 1 and y.std() > 1e-6:
+            scores.append(1 - float((y - x).square().sum() / (y - y.mean()).square().sum()))
     return np.mean(scores) if scores else math.nan
 
 
@@ -256,12 +264,6 @@ def ridge(x, y, x_new):
     error = ((y - y.mean() - fits) ** 2).sum(1) / (len(y) - 1 - shrink.sum(1)) ** 2
     weights = vt.T @ (shrink[error.argmin()] / s * (u.T @ (y - y.mean())))
     return y.mean() + (x_new - x.mean(0)) @ weights
-
-
-def learning_rate(progress):
-    """Share of the peak: linear warm-up over the first 5 %, then a cosine down to 2 %."""
-    cosine = math.cos(math.pi * max(progress - 0.05, 0) / 0.95)
-    return min(progress / 0.05 + 1e-3, 0.51 + 0.49 * cosine)
 
 
 def split(sites, o):
@@ -285,42 +287,6 @@ def setup(device):
     return rank, world, device
 
 
-def choose_dtype(asked, device, width):
-    """"auto" -> bfloat16 on CUDA, and on CPUs where wide products are 1.7 times as fast in it."""
-    if asked != "auto":
-        return asked
-    fast = device.type == "cuda" or width >= 128 and (
-        product_speed("bfloat16", device, width) > 1.7 * product_speed("float32", device, width))
-    return "bfloat16" if fast else "float32"
-
-
-def product_speed(dtype, device, width):
-    """GFLOP/s of a product of (8192, width) with (width, width), the best of 20 tries."""
-    layer, best = Linear(width, width).to(device, getattr(torch, dtype)), math.inf
-    x = torch.randn(16, 512, width).to(layer.weight)
-    for _ in range(20):
-        began = time.perf_counter()
-        layer(x).flatten()[0].item()
-        best = min(best, time.perf_counter() - began)
-    return 2 * x.numel() * width / best / 1e9
-
-
-def benchmark(o):
-    """Time train() on random data, 6 daily and 26 static variables; print its speed."""
-    rng, T = np.random.default_rng(0), o.seq_len
-    latlon, static, forcing = (rng.standard_normal((64, *shape), np.float32)
-                               for shape in ((2,), (26,), (T, 6)))
-    model, seconds = train(o, data.Sites(
-        np.arange(64).astype(str), latlon, static, forcing, None,
-        np.datetime64("2000-01-01") + np.arange(T), tuple(map(str, range(26))), tuple("abcdef")))
-    matrices = sum(p.numel() for name, p in model.named_parameters()
-                   if p.dim() == 2 and not name.startswith(("static", "location", "position")))
-    flop = 6 * matrices * (T + 1) + 12 * len(model.encoder) * (T + 1) ** 2 * model.config.d_model
-    rate, peak = o.batch_size / seconds, product_speed(o.dtype, model.position.device, 1024)
-    print(f"{rate:.1f} samples/s in batches of {o.batch_size}, {o.dtype}: {rate * flop / 1e9:.0f} "
-          f"GFLOP/s, {rate * flop / 1e9 / peak:.0%} of a large product's")
-
-
 def parse(options, description, argv, defaults=None):
     """The command line as an instance of a dataclass of options; --seq-len is its field seq_len."""
     parser = argparse.ArgumentParser(description=description,
@@ -342,12 +308,11 @@ def main(argv=None):
         raise ValueError(f"--preset {o.preset}: expected one of {[*PRESETS]}")
     for name, value in TRAINING[o.preset].items():
         setattr(o, name, getattr(o, name) or value)
-    if o.quick or o.benchmark:
-        o.steps, o.batch_size = min(o.steps, 20), min(o.batch_size, 8 if o.quick else 32)
-    if o.benchmark:
-        return benchmark(o)
-    world = dict(n_sites=60, years=3) if o.quick else {}
-    train(o, data.load(o.data, cache=Path(o.out) / "cache", **world))
+    if o.quick:
+        o.steps, o.batch_size = min(o.steps, 20), min(o.batch_size, 8)
+    o.seq_len = 1 if o.static_only else o.seq_len
+    train(o, data.load(o.data, cache=Path(o.out) / "cache", quick=o.quick,
+                       static_only=o.static_only))
 
 
 if __name__ == "__main__":
