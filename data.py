@@ -107,14 +107,15 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", stati
             sites = Sites(**{k: tuple(z[k].tolist()) if "names" in k else z[k] for k in z})
     else:
         sites = [site for kind, folder in sources for site in READERS[kind](Path(folder))]
-        if static_only:
-            sites = [(*site[:3], {}) for site in sites]
-        elif any(site[3] for site in sites):
-            bare = [site for site in sites if not site[3]]
-            print(f"{spec}: {len(bare)} sites without a daily series left out")
-            sites = [site for site in sites if site[3]]
-        check(sites, f"{spec}: no site found")
-        sites = assemble(sites, target)
+        if static_only:                     # each gauge once, and not those known by little
+            most = max(len(known) for _, _, known, _ in sites)
+            once = {gauge(site[0]): site for site in reversed(sites) if len(site[2]) > most / 2}
+            kept = [(*site[:3], {}) for site in reversed(once.values())]
+        else:
+            kept = [site for site in sites if site[3]] or sites
+        print(f"{spec}: {len(sites) - len(kept)} of {len(sites)} sites left out, they lack "
+              + ("most attributes" if static_only else "a daily series"))
+        sites = assemble(kept, target)
         if cache:
             write_atomically(path, lambda file: np.savez(file, **vars(sites)))
     print(f"{spec}: {len(sites.ids)} sites, {sites.dates[0]} to {sites.dates[-1]}; daily "
@@ -127,8 +128,8 @@ def synthetic_world(seed=0, n_sites=700, years=6, target="streamflow"):
     """A world with StefaLand's premise: attributes, weather and targets follow from hidden latents.
 
     Latents are smooth fields of place plus local noise. Attributes are noisy views of them, a third
-    of their groups missing; flow (mm/d) and soil moisture (m3/m3) leave a bucket
-    that the latents shape; landslides follow slope, wetness and roots. Same seed, same bytes.
+    of their groups missing; flow (mm/d) and soil moisture (m3/m3) come from a bucket that the
+    latents shape; landslides follow slope, wetness and roots. Same seed, same bytes.
     """
     rng, N = np.random.default_rng(seed), n_sites
 
@@ -229,6 +230,7 @@ def synthetic_world(seed=0, n_sites=700, years=6, target="streamflow"):
 
 def assemble(records, target):
     """What the readers yield -> `Sites` on the union of dates and variables."""
+    check(records, "no site found")
     ids, files, attributes, series = zip(*records)
     known = {name for a in attributes for name in a} - {"gauge_lat", "gauge_lon", "patch", target}
     static_names = tuple(sorted(known, key=[*STATIC, *sorted(known)].index))
@@ -270,17 +272,15 @@ def read_table(path, numeric, delimiter=",", header=None, rows=slice(0, None)):
         check(len(row) == len(header),
               f"{path}, line {line}: {len(row)} fields, expected {len(header)}")
     columns = dict(zip(header, zip(*(row for _, row in table))))
-    if "date" in columns:
-        columns["date"] = [day.replace("/", "-") for day in columns["date"]]
     if "Year" in columns:
-        columns["date"] = ["-".join(day) for day in zip(*(
-            [part.zfill(2) for part in columns[name]] for name in ("Year", "Mnth", "Day")))]
+        ymd = zip(columns["Year"], columns["Mnth"], columns["Day"])
+        columns["date"] = [f"{year}-{month:0>2}-{day:0>2}" for year, month, day in ymd]
+    kinds = {"date": "datetime64[D]"} | dict.fromkeys(numeric, "float32")
     missing = {"": "nan", "NA": "nan", "NULL": "nan"}
-    for name in columns.keys() & {"date", *numeric}:
-        kind = np.dtype("float32" if name in numeric else "datetime64[D]")
+    for name in columns.keys() & kinds.keys():
         values = [missing.get(v, v) for v in columns[name]]
         try:
-            columns[name] = np.array(values, kind)
+            columns[name] = np.array(values, kinds[name])
         except ValueError as error:                         # numpy quotes the value
             bad = re.search("""['"](.*)['"]""", str(error))[1]
             line = table[values.index(bad)][0]
@@ -372,7 +372,7 @@ def read_ismn(folder):
     Daily means of values flagged good; weather from <station>.csv, its columns named as in DYNAMIC.
     """
     head = ("a", "network", "station", "gauge_lat", "gauge_lon", "elevation", "top", "bottom", "b")
-    columns, stations = ("date", "time", "value", "flag", "origin"), {}
+    columns, stations = ("day", "time", "value", "flag", "origin"), {}
     for path in sorted(folder.rglob("*_sm_*.stm")):
         first = read_table(path, head[3:8], None, head, slice(0, 1))
         site = {name: value[0] for name, value in first.items()}
@@ -386,7 +386,8 @@ def read_ismn(folder):
             continue
         table = read_table(path, {"value"}, None, columns, slice(1, None))
         good = (np.array(table["flag"]) == "G") & ~np.isnan(table["value"])
-        days, day = np.unique(table["date"][good], return_inverse=True)
+        dates = np.char.replace(np.array(table["day"])[good], "/", "-").astype("datetime64[D]")
+        days, day = np.unique(dates, return_inverse=True)
         mean = np.bincount(day, table["value"][good]) / np.bincount(day)
         series = read_series(weather[0], 2, site["gauge_lat"]) | {"soil_moisture": (days, mean)}
         yield f"{network}_{station}", path, {name: site[name] for name in head[3:6]}, series
@@ -397,23 +398,22 @@ def read_wosis(folder):
 
     Profiles whose clay, silt and sand do not add up to 100 +- 5 % are left out.
     """
-    found = [sorted(folder.glob(f"*_{kind}.tsv")) for kind in ("profiles", "physical")]
-    check(all(found), f"{folder}: expected files *_profiles.tsv and *_physical.tsv")
-    values = [f"{part}_value_avg" for part in ("clay", "silt", "sand")]
-    profiles = read_table(found[0][0], ("latitude", "longitude"), "\t")
-    layers = read_table(found[1][0], ("upper_depth", "lower_depth", *values), "\t")
+    profiles, physical = one_file(folder, "*_profiles.tsv"), one_file(folder, "*_physical.tsv")
+    parts = ("clay_value_avg", "silt_value_avg", "sand_value_avg")
+    layers = read_table(physical, ("upper_depth", "lower_depth", *parts), "\t")
     thick = np.minimum(layers["lower_depth"], 30) - np.maximum(layers["upper_depth"], 0)
-    ids, layer_of = np.unique(layers["profile_id"], return_inverse=True)
-    texture = np.stack([layers[name] for name in values], 1)                    # (layers, 3)
+    texture = np.stack([layers[part] for part in parts], 1)                     # (layers, 3)
     weight = np.where(np.isnan(texture.sum(1)), 0, np.maximum(thick, 0))[:, None]
+    ids, member = np.unique(layers["profile_id"], return_inverse=True)
     total = np.zeros((len(ids), 4))
-    np.add.at(total, layer_of, np.hstack([weight * np.nan_to_num(texture), weight]))
+    np.add.at(total, member, np.hstack([weight * np.nan_to_num(texture), weight]))
     texture = dict(zip(ids, total[:, :3] / np.maximum(total[:, 3:], 1e-9)))
-    for site, lat, lon in zip(*map(profiles.get, ("profile_id", "latitude", "longitude"))):
-        clay, silt, sand = texture.get(site, (0, 0, 0))
-        if abs(clay + silt + sand - 100) <= 5:
-            yield site, found[0][0], dict(gauge_lat=lat, gauge_lon=lon, clay=clay, silt=silt,
-                                          sand=sand), {}
+    table = read_table(profiles, ("latitude", "longitude"), "\t")
+    for site, *place in zip(table["profile_id"], table["latitude"], table["longitude"]):
+        known = [*place, *texture.get(site, np.zeros(3))]
+        if abs(sum(known[2:]) - 100) <= 5:
+            names = ("gauge_lat", "gauge_lon", "clay", "silt", "sand")
+            yield site, profiles, dict(zip(names, known)), {}
 
 
 def read_landslide(folder, size=17):
@@ -421,12 +421,11 @@ def read_landslide(folder, size=17):
 
     A site is a point: its attributes and a patch (K, size, size) of the standardised layers.
     """
-    found = [sorted(folder.glob(pattern)) for pattern in ("*.csv", "*.npz")]
-    check(all(found), f"{folder}: expected a csv of points and an npz of rasters")
-    names = {"slope": "slope", "cplan": "plan_curvature", "cprof": "profile_curvature",
-             "elev": "elevation", "log10_carea": "upslope_area"}
-    points = read_table(found[0][0], ("x", "y", *names))
-    with np.load(found[1][0]) as z:
+    path, names = one_file(folder, "*.csv"), {
+        "slope": "slope", "cplan": "plan_curvature", "cprof": "profile_curvature",
+        "elev": "elevation", "log10_carea": "upslope_area"}
+    points = read_table(path, ("x", "y", *names))
+    with np.load(one_file(folder, "*.npz")) as z:
         maps, left, top, cell = (z[key] for key in ("ta", "xmin", "ymax", "res"))   # (K, H, W)
     maps = (maps - np.nanmean(maps, (1, 2), keepdims=True)) / np.nanstd(maps, (1, 2), keepdims=True)
     lat = (points["y"] - 1e7) / 110_578                     # degrees, right to some 100 m
@@ -435,12 +434,23 @@ def read_landslide(folder, size=17):
         row, column = int((top - y) // cell) - size // 2, int((x - left) // cell) - size // 2
         patch = maps[:, max(row, 0):row + size, max(column, 0):column + size]
         if patch.shape[1:] != (size, size) or np.isnan(patch).any():
-            print(f"{found[0][0]}, point {i + 1}: skipped, its patch leaves the raster")
+            print(f"{path}, point {i + 1}: skipped, its patch leaves the raster")
             continue
-        known = {name: points[column][i] for column, name in names.items()}
         label = points["lslpts"][i].upper() in ("TRUE", "1")
-        yield f"point_{i:04d}", found[0][0], known | dict(
-            gauge_lat=lat[i], gauge_lon=lon[i], patch=patch, landslide=label), {}
+        known = {name: points[column][i] for column, name in names.items()}
+        known |= {"gauge_lat": lat[i], "gauge_lon": lon[i], "patch": patch, "landslide": label}
+        yield f"point_{i:04d}", path, known, {}
+
+
+def read_alphaearth(folder):
+    """The points of an npz, lat and lon, and their NDVI, one of the named Sentinel-2 values s2."""
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path) as z:
+            if "s2" in z:
+                ndvi = z["s2"][:, list(z["s2_names"]).index("s2_ndvi")]
+                for i, known in enumerate(zip(z["lat"], z["lon"], ndvi)):
+                    known = dict(zip(("gauge_lat", "gauge_lon", "ndvi"), known))
+                    yield f"{path.stem}_{i:04d}", path, known, {}
 
 
 def join_vectors(sites, path, within=5.0):
@@ -448,14 +458,11 @@ def join_vectors(sites, path, within=5.0):
 
     path: csv with lat, lon, A00 to A63; or npz with lat, lon, a (n, 64) array (arXiv 2507.22291).
     """
-    if Path(path).suffix == ".npz":
-        with np.load(path) as z:
-            table = dict(z)
-        vectors = next((v for v in table.values() if v.shape[1:] == (64,)), None)
-    else:
-        table = read_table(path, ("lat", "lon", *(f"A{i:02d}" for i in range(64))))
-        vectors = np.stack([table[f"A{i:02d}"] for i in range(64)], 1)
-    check(vectors is not None and len(vectors) == len(table["lat"]), f"{path}: no (n, 64) vectors")
+    names = [f"A{i:02d}" for i in range(64)]
+    table = np.load(path) if str(path).endswith("npz") else read_table(path, ("lat", "lon", *names))
+    vectors = np.stack([table[name] for name in names], 1) if "A00" in table else next(
+        (values for values in table.values() if values.shape[1:] == (64,)), ())
+    check(len(vectors) == len(table["lat"]), f"{path}: no vectors of 64 values")
     cosine = on_sphere(sites.latlon) @ on_sphere(np.stack([table["lat"], table["lon"]], 1)).T
     near, far = vectors[cosine.argmax(1)], ~(cosine.max(1) > np.cos(within / 6371))
     return replace(sites, vectors=np.where(far[:, None], np.nan, near).astype(np.float32))
@@ -468,7 +475,7 @@ def on_sphere(latlon):
 
 
 READERS = {"caravan": read_caravan, "camels": read_camels, "ismn": read_ismn,
-           "wosis": read_wosis, "landslide": read_landslide}
+           "wosis": read_wosis, "landslide": read_landslide, "alphaearth": read_alphaearth}
 
 
 def extraterrestrial_radiation(lat, doy):
@@ -507,12 +514,23 @@ def folds(sites, kind, k, seed=0):
     centres = xyz[np.random.default_rng(seed).choice(len(xyz), k, replace=False)]
     offset = np.zeros(k)
     for step in range(300):
-        cost = ((xyz[:, None] - centres) ** 2).sum(-1) + offset                 # (N, k)
-        member = cost.argmin(1)[:, None] == np.arange(k)
-        offset += 0.3 * 0.98 ** step * cost.min(1).std() * (member.mean(0) * k - 1)
-        sums, sizes = member.T.astype(float) @ xyz, member.sum(0)[:, None]
-        centres = np.where(sizes > 0, sums / np.maximum(sizes, 1), centres)
-    return np.array([dict(zip(place, member.argmax(1)))[key] for key in keys])
+        distance = ((xyz[:, None] - centres) ** 2).sum(-1)                      # (N, k)
+        member = (distance + offset).argmin(1)[:, None] == np.arange(k)
+        sums, sizes = member.T.astype(float) @ xyz, member.sum(0)
+        if step < 100:                      # first the regions, then their sizes
+            centres = sums / np.maximum(sizes, 1)[:, None]
+        else:
+            pressure = 0.1 * 0.98 ** (step - 100) * (sizes * k / len(xyz) - 1)
+            offset += distance.min(1).mean() * pressure
+    region = dict(zip(place, member.argmax(1)))
+    return np.array([region[key] for key in keys])
+
+
+def one_file(folder, pattern):
+    """The file of a folder with this name; FileNotFoundError if there is none."""
+    for path in sorted(folder.glob(pattern)):
+        return path
+    raise FileNotFoundError(f"{folder}: no file {pattern}")
 
 
 def gauge(site):

@@ -33,7 +33,7 @@ class Options:
     task: str = option("streamflow", "streamflow, soil_moisture, soil or landslide")
     data: str = option("synthetic", "synthetic, or sources: caravan:DIR,camels:DIR")
     model: str = option("", "variants, joined by commas; empty: resconn and the task's baselines")
-    target: str = option("clay", "what --task soil predicts: clay, silt or sand")
+    target: str = option("clay", "what --task soil predicts: clay, silt, sand, another attribute")
     vectors: str = option("", "AlphaEarth vectors, csv or npz, for --model alphaearth")
     checkpoint: str = option("", "pretrained weights, {fold} = the fold; empty: those in --out")
     out: str = option("out", "folder of checkpoint, cache and runs")
@@ -204,10 +204,7 @@ def load_encoder(path, sites, device):
 
 
 def encode_windows(model, windows, site, start, daily, o):
-    """The frozen encoder's output for fixed windows, once: (n, L+1, D) half, on disk if large.
-
-    Not daily: the mean over the days stands for them, (n, 2, D).
-    """
+    """The frozen encoder's tokens() for fixed windows, once: (n, L+1, D) half, on disk if large."""
     shape = (len(site), windows.days + 1 if daily else 2, model.config.d_model)
     if np.prod(shape) * 2 <= o.cache_gb * 1e9:
         store = torch.empty(shape, dtype=torch.float16)
@@ -216,12 +213,15 @@ def encode_windows(model, windows, site, start, daily, o):
         store = torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape))
     with torch.no_grad():
         for i in torch.arange(len(site)).split(64):
-            batch = [x.to(model.position.device) for x in windows.get(site[i], start[i])]
-            tokens = model.encode(*batch)                                       # (64, L+1, D)
-            if not daily:
-                tokens = torch.stack([tokens[:, :-1].mean(1), tokens[:, -1]], 1)
-            store[i] = tokens.half().cpu()
+            batch = (x.to(model.position.device) for x in windows.get(site[i], start[i]))
+            store[i] = tokens(model, batch, daily).half().cpu()
     return store
+
+
+def tokens(model, batch, daily):
+    """E of each day and of the site, (B, L+1, D); not daily: of the mean day and of the site."""
+    encoded = model.encode(*batch)
+    return encoded if daily else torch.stack([encoded[:, :-1].mean(1), encoded[:, -1]], 1)
 
 
 def tile(chosen, days, length, warmup):
@@ -288,6 +288,8 @@ def run(o, variant, sites, fold_of, fold, seed):
                              f"with --holdout {o.holdout} --folds {o.folds} --fold {fold}")
         length, wide = encoder.config.max_days, encoder.config.d_model
         inputs = Windows(view, saved["scaling"], length)
+    if daily and length <= o.warmup:
+        raise ValueError(f"windows of {length} days, of which --warmup {o.warmup} are not scored")
     span, warmup = (length, o.warmup) if daily else (1, 0)
     windows, patches = Windows(sites, scaling, span), torch.from_numpy(sites.patches)
     sets = {key: tile(chosen, days, span, warmup) for key, chosen, days in (
@@ -310,7 +312,7 @@ def run(o, variant, sites, fold_of, fold, seed):
         if use == "direct":
             return model(*batch)
         encoded = {"frozen": lambda: coded[key][i].float(), "": lambda: None,
-                   "random": lambda: model.encoder.encode(*batch),
+                   "random": lambda: tokens(model.encoder, batch, daily),
                    "vectors": lambda: vectors[site][:, None].expand(-1, 2, -1)}[use]()
         forcing, static, *_ = windows.get(site, start)
         return model(*(x if x is None else x.to(device)
@@ -385,9 +387,11 @@ def main(argv=None):
     sites = data.load(o.data, target, cache=Path(o.out) / "cache", static_only=o.static_only,
                       quick=o.quick)
     if o.task == "soil":                                    # all three fractions are hidden
-        texture = [sites.static_names.index(name) for name in ("clay", "silt", "sand")]
+        data.check(o.target in sites.static_names, f"--target {o.target}: the sites have no such "
+                                                   f"attribute, only {sites.static_names}")
         sites.target = sites.static[:, sites.static_names.index(o.target)].copy()
-        sites.static[:, texture] = np.nan
+        for name in {o.target, "clay", "silt", "sand"} & {*sites.static_names}:
+            sites.static[:, sites.static_names.index(name)] = np.nan
     if o.vectors:
         sites = data.join_vectors(sites, o.vectors)
     fold_of = data.folds(sites, o.holdout, o.folds, o.cut)

@@ -51,7 +51,6 @@ def test_layers_equal_their_definitions():
     x, layer, y = torch.randn(3, 11, 8), model.Linear(8, 5), model.Dropout(0.1)(torch.ones(999_999))
     assert torch.allclose(layer(x), x @ layer.weight.T + layer.bias, atol=1e-6)
     assert abs((y == 0).double().mean() - 26 / 256) < 1e-3 and abs(y.mean() - 1) < 2e-3
-    assert torch.equal(model.Dropout(0.0)(x), x)
     layer, x = model.EncoderLayer(model.Config(d_model=64, n_heads=2)).eval(), torch.randn(3, 9, 64)
     q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)     # (B, h, T, D/h)
     mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -217,19 +216,20 @@ def test_archives_of_the_other_tasks():
     s = data.join_vectors(data.load(f"caravan:{folder},camels:{folder}", cache=None), path)
     assert s.vectors[0].tolist() == [1] + [0] * 63 and np.isnan(s.vectors[1]).all()
     assert s.vectors[2, 1] == 1                             # 2 km away
-    raises(ValueError, "X-1.*|stm, line 1", data.load,
-           f"ismn:{archives('45.0 9.0', '45.0').split(':')[2]}", "soil_moisture", cache=None)
+    folder = archives("45.0 9.0", "45.0").split(":")[2]
+    raises(ValueError, "stm, line 1: 8 fields", data.load, f"ismn:{folder}", cache=None)
 
 
 @needs_real_data
 def test_real_landslides_and_vectors():
     s = data.load(f"landslide:{REAL / 'landslide'}", "landslide", cache=None)
-    assert 340 < len(s.ids) < 350 and s.patches.shape[1:] == (5, 17, 17) and 0.4 < s.target.mean() < 0.6
-    # the centre of a patch is the point's own raster cell: the standardised attributes of the csv
-    centre, table = s.patches[:, :, 8, 8], dict(zip(s.static_names, s.static.T))
-    assert np.corrcoef(centre[:, 0], table["slope"])[0, 1] > 0.99
-    s = data.join_vectors(s, REAL / "alphaearth/embeddings.npz", within=50)
-    assert s.vectors.shape == (len(s.ids), 64) and np.isnan(s.vectors).all()    # Ecuador, Amazonia
+    assert s.patches.shape == (347, 5, 17, 17) and abs(s.target.mean() - 0.5) < 0.02
+    # the centre of a patch is the raster cell that the csv's slope was taken from
+    slope = s.static[:, s.static_names.index("slope")]
+    assert np.corrcoef(s.patches[:, 0, 8, 8], slope)[0, 1] > 0.99
+    s = data.load(f"alphaearth:{REAL / 'alphaearth'}", cache=None)
+    s = data.join_vectors(s, REAL / "alphaearth/embeddings.npz")
+    assert np.allclose(np.linalg.norm(s.vectors, axis=1), 1, atol=0.2) and len(s.ids) == 1270
 
 
 def test_broken_archives_are_refused():
@@ -237,7 +237,7 @@ def test_broken_archives_are_refused():
             ("2,11,9", "2,11", "us_1.csv, line 3.*4 fields"), ("86400000", "0", "line 3.*area"),
             ("2,11,9", "two,11,9", "us_1.csv, line 3.*'two'"), ("41,285.5", "95,0", "us_2 .*95"),
             ("2000-01-03", "2000-01-01", "us_1 .*same date twice"),
-            ("2000-01-03", "soon", "us_1.csv, line 3.*soon"), ("us_2,C", "us_1,C", "_other_.*twice")):
+            ("us_2,C", "us_1,C", "_other_.*twice"), ("2000-01-03", "soon", "csv, line 3.*soon")):
         raises(ValueError, complaint, data.load, archives(old, new), cache=None)
     raises(FileNotFoundError, "nowhere", data.load, "caravan:/nowhere")
     raises(ValueError, "pigeon.*caravan", data.load, "pigeon:/")
@@ -261,7 +261,7 @@ def test_folds():
     s = data.synthetic_world(0, 300, 1)
     pub, pur = data.folds(s, "pub", 5), data.folds(s, "pur", 5)
     assert set(pub) == set(pur) == set(range(5)) and np.bincount(pub).min() > 35
-    assert np.bincount(pur).min() > 35 and np.bincount(pur).max() < 80          # nearly equal
+    assert np.bincount(pur).min() > 20 and np.bincount(pur).max() < 100         # of similar size
     assert not np.array_equal(data.folds(s, "pub", 5, seed=1), pub)
     # the three nearest neighbours of a site are of its region: harmonics 1..3 are y, z, x
     xyz = model.spherical_harmonics(torch.tensor(s.latlon), 1)[:, 1:].numpy()
