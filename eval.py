@@ -76,23 +76,20 @@ def sign_test(difference):
 def skill(obs, sim):
     """{name: score} of a test set, (sites, days) each; the first is the one to stop early by.
 
-    Series: over sites, medians but for the first and last; else a value or a class (0, 1) per site.
+    Sites with series: medians over them, but for the mean of NSE clipped to ±1 and the share below
+    0. A value, or a class 0 or 1, per site: over all sites at once.
     """
     if obs.shape[1] > 1:
-        scores = [site_metrics(o, s) for o, s in zip(obs, sim)]
-        nse, *others = (np.array([score[name] for score in scores])
-                        for name in ("nse", "kge", "corr", "rmse", "ubrmse", "fhv"))
-        medians = [float(np.nanmedian(x)) if np.isfinite(x).any() else math.nan
-                   for x in (nse, *others)]
-        return dict(zip(("clipped NSE", "NSE", "KGE", "r", "RMSE", "ubRMSE", "FHV"),
-                        (float(np.nanmean(np.clip(nse, -1, 1))), *medians)),
-                    failed=float((nse < 0).mean()))
+        sites = [site_metrics(o, s) for o, s in zip(obs, sim)]
+        nse = np.array([scores["nse"] for scores in sites])
+        names = ("nse", "kge", "corr", "rmse", "ubrmse", "fhv")
+        medians = {name: np.nanmedian([scores[name] for scores in sites]) for name in names}
+        return {"clipped": np.nanmean(np.clip(nse, -1, 1)), **medians, "below 0": (nse < 0).mean()}
     if np.isin(obs, (0, 1)).all():
         scores = class_metrics(obs, sim)
-        return {"AUC": scores["auc"], **scores}
+        return {name: scores[name] for name in ("auc", "accuracy", "f1")}
     scores = site_metrics(obs, sim)
-    return {"R2": scores["nse"], "RMSE": scores["rmse"], "r": scores["corr"],
-            "median difference": float(np.nanmedian(sim - obs))}
+    return {"R2": scores["nse"], "rmse": scores["rmse"], "median difference": np.median(sim - obs)}
 
 
 def load_runs(folder):
@@ -117,16 +114,15 @@ def per_site(runs):
 
 def table(runs):
     """Print each setting's models: scores over all test sites ± standard error over folds, and the
-    paired gain per site over the supervised baseline with the p-value of a sign test."""
+    median gain per site over the supervised baseline with the p-value of a sign test."""
     for setting, models in runs.items():
         base = next((per_site(models[name]) for name in BASELINES if name in models), {})
         print(f"\n{setting}")
         for name, of_model in models.items():
             seeds, folds = ({run[key] for run in of_model} for key in ("seed", "fold"))
-            parts = [[run for run in of_model if run["fold"] == fold] for fold in folds]
-            scores = [[skill(*(np.concatenate([run[key] for run in part if run["seed"] == seed])
-                               for key in ("obs", "sim"))) for seed in seeds]
-                      for part in (of_model, *parts)]
+            scores = [[skill(*(np.concatenate([run[key] for run in of_model if run["seed"] == seed
+                                               and run["fold"] in part]) for key in ("obs", "sim")))
+                       for seed in seeds] for part in (folds, *({fold} for fold in folds))]
             line = f"{name:<20} {len(folds)} folds, {len(seeds)} seeds"
             for metric in scores[0][0]:
                 mean, *by_fold = (np.mean([s[metric] for s in of_seed]) for of_seed in scores)
@@ -141,57 +137,50 @@ def table(runs):
 
 
 def plot(runs, folder):
-    """Draw the figures of every setting into the folder; returns their paths."""
+    """Draw a figure per setting and the curve of skill against labels into the folder."""
     try:
         import matplotlib
     except ImportError:
-        print("--plot needs matplotlib: pip install matplotlib")
-        return []
+        return print("--plot needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    paths, curves = [], defaultdict(dict)
-
-    def save(figure, name):
-        paths.append(Path(folder, name.replace(", ", "_").replace(" ", "-") + ".png"))
-        figure.savefig(paths[-1], dpi=80)
-        plt.close(figure)
-
+    curves = defaultdict(dict)
     for setting, models in runs.items():
-        what = "NSE" if next(iter(models.values()))[0]["obs"].shape[1] > 1 else "- absolute error"
-        figure, axes = plt.subplots(2, 2, figsize=(12, 7), layout="constrained")
-        (distribution, place), series = axes
+        figure, axes = plt.subplot_mosaic(
+            [["distribution", "map"], ["median"] * 2, ["worst"] * 2], figsize=(12, 9),
+            layout="constrained", height_ratios=(2, 1, 1))
         for name, of_model in models.items():
             values = np.sort([*per_site(of_model).values()])
-            distribution.plot(values, np.linspace(0, 1, len(values)),
-                              label=f"{name}, {np.nanmedian(values):.2f}")
+            label = f"{name}, median {np.nanmedian(values):.2f}"
+            axes["distribution"].plot(values, np.linspace(0, 1, len(values)), label=label)
             head, _, labelled = setting.partition(", labelled ")
-            curves[head, name][float(labelled or "inf")] = np.nanmedian(values)
-        distribution.set(xlabel=f"{what} at held-out sites", ylabel="share of sites",
-                         xlim=(-1, 1) if what == "NSE" else None, title=setting)
-        distribution.legend(title="model, median")
-        name, of_model = next(reversed(models.items()))
-        score, run = per_site(of_model), of_model[0]
+            curves[f"{name}, {head}"][float(labelled or "inf")] = np.nanmedian(values)
+        daily = len(of_model[0]["dates"]) > 1
+        what = "NSE" if daily else "minus absolute error"
+        axes["distribution"].set(xlim=(-1, 1) if daily else None, ylabel="share of sites",
+                                 xlabel=f"{what} at held-out sites", title=setting)
+        axes["distribution"].legend()
+        score, run = per_site(of_model), of_model[0]        # of the last model
         where = {str(i): x for r in of_model for i, x in zip(r["ids"], r["latlon"])}
         lat, lon = np.array([where[site] for site in score]).T
-        dots = place.scatter(lon, lat, c=[*score.values()], s=12, vmin=0 if what == "NSE" else None)
+        dots = axes["map"].scatter(lon, lat, c=[*score.values()], s=12, vmin=0 if daily else None)
         figure.colorbar(dots, label=what)
-        place.set(xlabel="longitude", ylabel="latitude", title=name)
+        axes["map"].set(xlabel="longitude", ylabel="latitude", title=name)
         order = np.argsort([score[str(i)] for i in run["ids"]])
-        for axis, i, kind in zip(series, (order[len(order) // 2], order[0]), ("median", "worst")):
-            for key, label, colour in (("obs", "observed", "k"), ("sim", name, "C1")):
-                axis.plot(run["dates"][-730:], run[key][i][-730:], colour, lw=0.8, label=label)
-            axis.set_title(f"{kind} site: {run['ids'][i]}, {what} {score[str(run['ids'][i])]:.2f}")
-            axis.legend()
-        save(figure, setting)
+        for kind, i in ("median", order[len(order) // 2]), ("worst", order[0]):
+            for key, label, colour in ("obs", "observed", "k"), ("sim", name, "C1"):
+                days, values = run["dates"][-730:], run[key][i][-730:]
+                axes[kind].plot(days, values, colour, lw=0.8, label=label)
+            axes[kind].legend(title=f"{kind} site {run['ids'][i]}: {score[str(run['ids'][i])]:.2f}")
+        figure.savefig(Path(folder, setting.replace(", ", "_").replace(" ", "-") + ".png"), dpi=80)
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for (head, name), points in curves.items():
+    for name, points in curves.items():
         labels = sorted(points)
         axis.plot([f"{n:.0f}" if n < math.inf else "all" for n in labels],
-                  [points[n] for n in labels], "o-", label=f"{name}, {head}")
+                  [points[n] for n in labels], "o-", label=name)
     axis.set(xlabel="training sites with observations", ylabel="median score at held-out sites")
     axis.legend(fontsize=8)
-    save(figure, "labels")
-    return paths
+    figure.savefig(Path(folder, "labels.png"), dpi=80)
 
 
 @dataclass
@@ -206,8 +195,8 @@ def main(argv=None):
     if not runs:
         raise FileNotFoundError(f"no runs in {o.out}/runs: start with python finetune.py")
     table(runs)
-    for path in plot(runs, o.out) if o.plot else ():
-        print(path)
+    if o.plot:
+        plot(runs, o.out)
 
 
 if __name__ == "__main__":

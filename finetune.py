@@ -160,21 +160,15 @@ class Experts(nn.Module):
         return (self.experts(x).unflatten(-1, (-1, x.shape[-1])) * weight).sum(-2)
 
 
-class Direct(nn.Module):
-    """The pretrained network end to end, with the target as one more, always hidden, variable."""
-
-    def __init__(self, pretrained):
-        super().__init__()
-        c = pretrained.config
-        self.network = StefaLand(replace(c, dynamic_names=(*c.dynamic_names, "target"),
-                                         dynamic_groups=(*c.dynamic_groups, "target")))
-        for key, value in self.network.state_dict().items():
-            old = pretrained.state_dict()[key]
-            value[tuple(map(slice, old.shape))] = old       # the new variable's weights come last
-
-    def forward(self, *inputs):
-        forcing = torch.cat([inputs[0], torch.full_like(inputs[0][..., :1], torch.nan)], -1)
-        return self.network.decode(self.network.encode(forcing, *inputs[1:]))[0][..., -1]
+def widen(pretrained):
+    """The pretrained network with one more daily variable, "target", whose weights are new."""
+    c = pretrained.config
+    model = StefaLand(replace(c, dynamic_names=(*c.dynamic_names, "target"),
+                              dynamic_groups=(*c.dynamic_groups, "target")))
+    for key, value in model.state_dict().items():
+        old = pretrained.state_dict()[key]
+        value[tuple(map(slice, old.shape))] = old           # the new variable comes last
+    return model
 
 
 def load_encoder(path, sites, device):
@@ -297,20 +291,19 @@ def run(o, variant, sites, fold_of, fold, seed):
     coded = {key: encode_windows(encoder, inputs, *windows_of, daily, o)
              for key, windows_of in sets.items() if use == "frozen"}
     vectors = torch.from_numpy(sites.vectors).nan_to_num()
-    if use == "direct":
-        model = Direct(encoder).to(device)
-    else:
-        model = Predictor(variant, o.task, sites, wide, o)
-        model.encoder = StefaLand(encoder.config) if use == "random" else None
-        model = model.to(device)
+    model = widen(encoder) if use == "direct" else Predictor(variant, o.task, sites, wide, o)
+    if use == "random":
+        model.encoder = StefaLand(encoder.config)
+    model = model.to(device)
 
     def predict(key, i):
         """Output (B, L) for the windows i of a set."""
         site, start = (x[i] for x in sets[key])
         if use in ("random", "direct"):
             batch = [x.to(device) for x in inputs.get(site, start)]
-        if use == "direct":
-            return model(*batch)
+        if use == "direct":                                 # the target: always hidden
+            batch[0] = F.pad(batch[0], (0, 1), value=torch.nan)
+            return model.decode(model.encode(*batch))[0][..., -1]
         encoded = {"frozen": lambda: coded[key][i].float(), "": lambda: None,
                    "random": lambda: tokens(model.encoder, batch, daily),
                    "vectors": lambda: vectors[site][:, None].expand(-1, 2, -1)}[use]()
