@@ -126,6 +126,7 @@ def table(runs):
             line = f"{name:<20} {len(folds)} folds, {len(seeds)} seeds"
             for metric in scores[0][0]:
                 mean, *by_fold = (np.mean([s[metric] for s in of_seed]) for of_seed in scores)
+                mean = np.mean(by_fold) if "auc" in scores[0][0] else mean  # folds' scores differ
                 error = ratio(np.std(by_fold), (len(folds) - 1) ** 0.5)
                 line += f"  {metric} {mean:.3f} ± {error:.3f}"
             mine = per_site(of_model)

@@ -40,7 +40,7 @@ class Options:
     holdout: str = option("pub", "pub (random sites) or pur (regions)")
     folds: int = option(5, "number of folds")
     fold: str = option("0", "folds to test on, joined by commas, or all")
-    cut: int = option(0, "seed of the folds; train.py cuts with 0")
+    recut: bool = option(False, "other folds for every seed (the encoder must know none of them)")
     seeds: int = option(1, "repetitions, with other weights, batches and labelled sites")
     seed: int = option(0, "the first seed")
     basins: str = option("", "file with a gauge per line: only these, after the folds are cut")
@@ -206,7 +206,7 @@ def encode_windows(model, windows, site, start, daily, o):
         file = tempfile.TemporaryFile(dir=o.out)
         store = torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape))
     with torch.no_grad():
-        for i in torch.arange(len(site)).split(64):
+        for i in np.array_split(np.arange(len(site)), len(site) // 64 + 1):
             batch = (x.to(model.position.device) for x in windows.get(site[i], start[i]))
             store[i] = tokens(model, batch, daily).half().cpu()
     return store
@@ -387,12 +387,12 @@ def main(argv=None):
             sites.static[:, sites.static_names.index(name)] = np.nan
     if o.vectors:
         sites = data.join_vectors(sites, o.vectors)
-    fold_of = data.folds(sites, o.holdout, o.folds, o.cut)
     setting = f"{o.task} {o.data.partition(':')[0]} {o.holdout}{o.folds}" + "".join(
-        f", {key} {getattr(o, key)}" for key in ("target", "cut", "missing", "labelled")
+        f", {key} {getattr(o, key)}" for key in ("target", "recut", "missing", "labelled")
         if getattr(o, key) != getattr(Options, key) or key == "target" and o.task == "soil")
-    for fold in range(o.folds) if o.fold == "all" else map(int, o.fold.split(",")):
-        for seed in range(o.seed, o.seed + o.seeds):
+    for seed in range(o.seed, o.seed + o.seeds):
+        fold_of = data.folds(sites, o.holdout, o.folds, seed if o.recut else 0)
+        for fold in range(o.folds) if o.fold == "all" else map(int, o.fold.split(",")):
             for variant in o.model.split(","):
                 changed = [getattr(o, key) for key in ("adapter", "residual", "tokens")
                            if getattr(o, key) != getattr(Options, key) and variant != "lstm"]

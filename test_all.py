@@ -403,7 +403,7 @@ def test_windows_adapters_and_encoder_cache():
     m = model.StefaLand(model.Config(sites.dynamic_names, sites.static_names, d_model=16)).eval()
     scaling = {k: train.fit_scaling(getattr(sites, k)) for k in ("forcing", "static")}
     windows, o = train.Windows(sites, scaling, 365), finetune.Options(out=mkdtemp())
-    site, start = finetune.tile(np.arange(20), slice(0, 731), 365, 120)
+    site, start = (x[:65] for x in finetune.tile(np.arange(20), slice(0, 731), 365, 300))
     memory = finetune.encode_windows(m, windows, site, start, True, o)
     o.cache_gb = 0.0
     assert torch.equal(memory, finetune.encode_windows(m, windows, site, start, True, o))
@@ -412,17 +412,10 @@ def test_windows_adapters_and_encoder_cache():
 
 
 if __name__ == "__main__":
-    results = []
-    for name, test in [*globals().items()]:
-        if name.startswith("test_") and all(part in name for part in sys.argv[1:]):
-            began = time.time()
-            try:
-                results.append(test() or "passed")
-            except unittest.SkipTest:
-                results.append("skipped")
-            except Exception:
-                sys.excepthook(*sys.exc_info())
-                results.append("failed")
-            print(f"{name}: {results[-1]} ({time.time() - began:.1f} s)", flush=True)
-    print(", ".join(f"{results.count(kind)} {kind}" for kind in ("passed", "failed", "skipped")))
-    sys.exit("failed" in results)
+    chosen = [test for name, test in [*globals().items()] if name.startswith("test_")
+              and (not sys.argv[1:] or any(part in name for part in sys.argv[1:]))]
+    result = unittest.TextTestRunner(verbosity=2).run(
+        unittest.TestSuite(map(unittest.FunctionTestCase, chosen)))
+    failed, skipped = len(result.failures + result.errors), len(result.skipped)
+    print(f"{len(chosen) - failed - skipped} passed, {failed} failed, {skipped} skipped")
+    sys.exit(failed > 0)
