@@ -242,7 +242,8 @@ def report(model, windows, training, validation, device):
                     fit = ridge(shown[training], table[training, v], shown[site])
                     simple[:, v] = torch.from_numpy(fit)
             own, other = (r_squared(truth, x, hidden[kind]) for x in (guess, simple))
-            print(f"{('dynamic ', 'static ')[kind] + group:<24}{own:>10.3f}{other:>11.3f}")
+            if own == own:                                  # observed at these sites
+                print(f"{('dynamic ', 'static ')[kind] + group:<24}{own:>10.3f}{other:>11.3f}")
 
 
 def r_squared(truth, guess, where):
