@@ -454,18 +454,25 @@ def read_alphaearth(folder):
 
 
 def join_vectors(sites, path, within=5.0):
-    """`sites` with AlphaEarth's vectors (N, 64) of the nearest place within so many km, else NaN.
+    """`sites` with AlphaEarth's vectors (N, 64), NaN where there are none (arXiv 2507.22291).
 
-    path: csv with lat, lon, A00 to A63; or npz with lat, lon, a (n, 64) array (arXiv 2507.22291).
+    path: csv with columns A00 to A63, or npz with an (n, 64) array; joined by `id` if it has one,
+    else the nearest `lat`, `lon` within so many km.
     """
     names = [f"A{i:02d}" for i in range(64)]
     table = np.load(path) if str(path).endswith("npz") else read_table(path, ("lat", "lon", *names))
     vectors = np.stack([table[name] for name in names], 1) if "A00" in table else next(
-        (values for values in table.values() if values.shape[1:] == (64,)), ())
-    check(len(vectors) == len(table["lat"]), f"{path}: no vectors of 64 values")
-    cosine = on_sphere(sites.latlon) @ on_sphere(np.stack([table["lat"], table["lon"]], 1)).T
-    near, far = vectors[cosine.argmax(1)], ~(cosine.max(1) > np.cos(within / 6371))
-    return replace(sites, vectors=np.where(far[:, None], np.nan, near).astype(np.float32))
+        (values for values in table.values() if values.shape[1:] == (64,)), np.empty((0, 64)))
+    if "id" in table:
+        row = {site: i for i, site in enumerate(table["id"])}
+        found = [row.get(site, -1) for site in sites.ids]
+    else:
+        places = np.stack([table["lat"], table["lon"]], 1)
+        cosine = on_sphere(sites.latlon) @ on_sphere(places).T                  # (N, n)
+        found = np.where(cosine.max(1) > np.cos(within / 6371), cosine.argmax(1), -1)
+    check(len(vectors) > max(found), f"{path}: no vectors of 64 values")
+    vectors = np.vstack([vectors, np.full(64, np.nan)])[found]                  # last row: none
+    return replace(sites, vectors=vectors.astype(np.float32))
 
 
 def on_sphere(latlon):

@@ -211,6 +211,10 @@ def test_archives_of_the_other_tasks():
     np.savez(path, lat=[40.5, 47.22], lon=[-75, -68.6], v=np.eye(2, 64, dtype="f4"))
     s = data.join_vectors(data.load(f"caravan:{folder},camels:{folder}", cache=None), path)
     assert s.vectors[0, 0] == 1 and np.isnan(s.vectors[1]).all() and s.vectors[2, 1] == 1   # 2 km
+    table = ["id", *(f"A{i:02d}" for i in range(64))], ["us_2", *["0.5"] * 64]
+    path.with_suffix(".csv").write_text("\n".join(map(",".join, table)))
+    s = data.join_vectors(s, path.with_suffix(".csv"))
+    assert np.isnan(s.vectors[0]).all() and (s.vectors[1] == 0.5).all()
     folder = archives("45.0 9.0", "45.0").split(":")[2]
     raises(ValueError, "stm, line 1: 8 fields", data.load, f"ismn:{folder}", cache=None)
 
