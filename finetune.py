@@ -25,7 +25,8 @@ import torch.nn.functional as F
 import data
 from eval import skill
 from model import Config, Dropout, StefaLand
-from train import Windows, descend, fit_scaling, learning_rate, option, parse, setup
+from train import (Windows, day_slice, descend, fit_scaling, learning_rate, option, parse, setup,
+                   tile)
 
 
 @dataclass
@@ -218,25 +219,8 @@ def tokens(model, batch, daily):
     return encoded if daily else torch.stack([encoded[:, :-1].mean(1), encoded[:, -1]], 1)
 
 
-def tile(chosen, days, length, warmup):
-    """Windows that cover the days of a slice at every chosen site: site (n,), start (n,)."""
-    starts = np.arange(max(days.start - warmup, 0), max(days.stop - warmup, 1), length - warmup)
-    starts = np.unique(np.minimum(starts, max(days.stop - length, 0)))
-    return np.repeat(chosen, len(starts)), np.tile(starts, len(chosen))
-
-
-def day_slice(text, dates, default):
-    """"FROM/TO", both included, or a default pair of shares -> slice of `dates`."""
-    if not text:
-        return slice(*(int(share * len(dates)) for share in default))
-    first, last = map(np.datetime64, text.split("/"))
-    if not dates[0] <= first < last <= dates[-1]:
-        raise ValueError(f"period {text} is not within the data, {dates[0]} to {dates[-1]}")
-    return slice(int((first - dates[0]).astype(int)), int((last - dates[0]).astype(int)) + 1)
-
-
 def choose_sites(o, sites, fold_of, fold, rng):
-    """Indices of training, validation and test sites: all have targets, test is the fold."""
+    """Indices of training, validation and test sites, all with targets; test is the fold."""
     keys = np.array([data.gauge(i) for i in sites.ids])
     wanted = np.isin(keys, Path(o.basins).read_text().split()) if o.basins else keys == keys
     wanted &= ~np.isnan(sites.target.reshape(len(keys), -1)).all(1)
@@ -315,8 +299,8 @@ def run(o, variant, sites, fold_of, fold, seed):
     observed = sites.target.reshape(len(sites.ids), -1)                         # (N, T) or (N, 1)
     learned = forth(observed)
     centre, spread = np.nanmean(learned[training, past]), np.nanstd(learned[training, past])
-    classes = o.task == "landslide"                         # 0 and 1, learned as they are
-    centre, spread = (0.0, 1.0) if classes else (centre, spread)
+    if (classes := o.task == "landslide"):                  # 0 and 1, learned as they are
+        centre, spread = 0.0, 1.0
     weight = np.ones((len(observed), 1), np.float32)
     if daily:
         weight[training, 0] = 1 / (np.nanstd(learned[training, past], 1) / spread + 0.1) ** 2

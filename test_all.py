@@ -392,12 +392,12 @@ def test_finetuning_at_held_out_sites():
 
 def test_windows_adapters_and_encoder_cache():
     dates = np.arange("2000-01-01", "2003-01-01", dtype="datetime64[D]")
-    days = finetune.day_slice("2000-12-31/2002-12-30", dates, None)
+    days = train.day_slice("2000-12-31/2002-12-30", dates, None)
     assert dates[days][0] == np.datetime64("2000-12-31") and dates[days][-1] == dates[-2]
-    raises(ValueError, "not within", finetune.day_slice, "1999-01-01/2001-01-01", dates, None)
+    raises(ValueError, "not within", train.day_slice, "1999-01-01/2001-01-01", dates, None)
     for days in (slice(0, 700), slice(400, 1096), days):
         covered = np.zeros(len(dates), bool)
-        for start in finetune.tile(np.array([0]), days, 365, 120)[1]:
+        for start in train.tile(np.array([0]), days, 365, 120)[1]:
             covered[start + 120 * (start > 0):start + 365] = True
         assert covered[days].all()
     for layer in (adapter(16) for adapter in finetune.ADAPTERS.values()):
@@ -407,7 +407,7 @@ def test_windows_adapters_and_encoder_cache():
     m = model.StefaLand(model.Config(sites.dynamic_names, sites.static_names, d_model=16)).eval()
     scaling = {k: train.fit_scaling(getattr(sites, k)) for k in ("forcing", "static")}
     windows, o = train.Windows(sites, scaling, 365), finetune.Options(out=mkdtemp())
-    site, start = (x[:65] for x in finetune.tile(np.arange(20), slice(0, 731), 365, 300))
+    site, start = (x[:65] for x in train.tile(np.arange(20), slice(0, 731), 365, 300))
     memory = finetune.encode_windows(m, windows, site, start, True, o)
     o.cache_gb = 0.0
     assert torch.equal(memory, finetune.encode_windows(m, windows, site, start, True, o))

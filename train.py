@@ -189,6 +189,23 @@ class Windows:
         return forcing, self.static[site], self.latlon[site], days[start]
 
 
+def tile(chosen, days, length, warmup):
+    """Windows that cover the days of a slice at every chosen site: site (n,), start (n,)."""
+    starts = np.arange(max(days.start - warmup, 0), max(days.stop - warmup, 1), length - warmup)
+    starts = np.unique(np.minimum(starts, max(days.stop - length, 0)))
+    return np.repeat(chosen, len(starts)), np.tile(starts, len(chosen))
+
+
+def day_slice(text, dates, default):
+    """"FROM/TO", both included, or a default pair of shares -> slice of `dates`."""
+    if not text:
+        return slice(*(int(share * len(dates)) for share in default))
+    first, last = map(np.datetime64, text.split("/"))
+    if not dates[0] <= first < last <= dates[-1]:
+        raise ValueError(f"period {text} is not within the data, {dates[0]} to {dates[-1]}")
+    return slice(int((first - dates[0]).astype(int)), int((last - dates[0]).astype(int)) + 1)
+
+
 def fit_scaling(values):
     """Statistics of (..., V) *training* values for scale(): (3, V) log flag, mean, std.
 
