@@ -93,7 +93,9 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", stati
     file's path, size and time. static_only: without weather, and also the sites that have none.
     """
     if spec == "synthetic":
-        return synthetic_world(seed, *(60, 3) if quick else (700, 6), target)
+        sites = synthetic_world(seed, *(60, 3) if quick else (700, 6), target)
+        bare = dict(forcing=sites.forcing[:, :1] * np.nan, dates=sites.dates[:1])
+        return replace(sites, **bare if static_only else {})
     sources, key = [part.partition(":")[::2] for part in spec.split(",")], [target, static_only]
     for kind, folder in sources:
         check(kind in READERS, f"data '{kind}': expected synthetic, or NAME:DIR with {[*READERS]}")
