@@ -505,6 +505,40 @@ def potential_evaporation(lat, doy, temperature, tmax=None, tmin=None):
     return (extraterrestrial_radiation(lat, doy) / 2.45 * share).astype(np.float32)
 
 
+LAND_COVER = ("water", "trees", "grass", "flooded vegetation", "crops", "shrub & scrub", "built",
+              "bare", "snow & ice")
+S2_SCALE = np.array([  # Dynamic World's offset and scale of the bands B2 B3 B4 B5 B6 B7 B8 B11 B12
+    (1.7417268007636313, 2.023298706048351), (1.7261204997060209, 2.038905204308012),
+    (1.6798346251414997, 2.179592821212937), (1.7734969472909623, 2.2890068333026603),
+    (2.289154079164943, 2.6171674549378166), (2.382939712192371, 2.773418590375327),
+    (2.3828939530384052, 2.7578332604178284), (2.1952484264967844, 2.789092484314204),
+    (1.554812948247501, 2.4140534947492487)])
+
+
+def normalize_s2(reflectance):
+    """Sentinel-2 L1C reflectance x 10,000, bands in the last axis of 9 -> Dynamic World's input."""
+    values = (np.log(0.005 * np.asarray(reflectance) + 1) - S2_SCALE[:, 0]) / S2_SCALE[:, 1]
+    return (1 / (1 + np.exp(1 - 5 * values))).astype(np.float32)
+
+
+def read_scenes(folder):
+    """Sentinel-2 scenes of an npz by date: dates (T,), (T, H, W, 9) x 10,000, clear (T, H, W).
+
+    Keys as of eo-learn: s2_l1c (reflectance), s2_bands, s2_dates; clm (0 = clear) of ndvi_dates.
+    """
+    path = one_file(Path(folder), "*.npz")
+    with np.load(path) as z:
+        check({"s2_l1c", "s2_bands", "s2_dates"} <= {*z}, f"{path}: has only the arrays {[*z]}")
+        bands, dates = z["s2_bands"].tolist(), z["s2_dates"]
+        scenes = z["s2_l1c"][..., [bands.index(f"B{b:02d}") for b in (2, 3, 4, 5, 6, 7, 8, 11, 12)]]
+        clear = np.ones(scenes.shape[:3], bool)
+        if "clm" in z:
+            mask = dict(zip(z["ndvi_dates"], z["clm"]))
+            clear = np.array([mask.get(date, clear[0] * 0) == 0 for date in dates])
+        order = np.argsort(dates)
+    return dates[order].astype("datetime64[D]"), 10_000 * scenes[order], clear[order]
+
+
 def folds(sites, kind, k, seed=0):
     """Fold of each site, (N,) int in 0..k-1; a gauge that two archives hold has one fold.
 

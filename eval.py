@@ -2,19 +2,26 @@
 
     python eval.py              a row per setting and model: score ± standard error over folds
     python eval.py --plot       figures too: distribution, map, hydrographs, skill against labels
+    python eval.py --landcover DIR --weights DIR    Sentinel-2 scenes by Dynamic World: the months
 """
 
 import json
 import math
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+import data
+from model import DynamicWorld
 from train import option, parse
 
 BASELINES = ("lstm", "mlp", "cnn")
+COLOURS = ("#419bdf", "#397d49", "#88b053", "#7a87c6", "#e49635", "#dfc35a", "#c4281b", "#a59b8f",
+           "#b39fe1")            # Dynamic World's, of data.LAND_COVER
 METRICS = "rmse ubrmse corr nse kge mae pbias fhv flv fdc_rmse".split()
 
 
@@ -137,14 +144,22 @@ def table(runs):
             print(line)
 
 
-def plot(runs, folder):
-    """Draw a figure per setting and the curve of skill against labels into the folder."""
+def pyplot():
+    """matplotlib.pyplot for files, or None and a message where it is not installed."""
     try:
         import matplotlib
     except ImportError:
         return print("--plot needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def plot(runs, folder):
+    """Draw a figure per setting and the curve of skill against labels into the folder."""
+    plt = pyplot()
+    if plt is None:
+        return
     curves = defaultdict(dict)
     for setting, models in runs.items():
         figure, axes = plt.subplot_mosaic(
@@ -184,14 +199,62 @@ def plot(runs, folder):
     figure.savefig(Path(folder, "labels.png"), dpi=80)
 
 
+def monthly(classes, clear, dates):
+    """Shares of the 9 classes among the clear pixels, by month and over all months (the mean of the
+    months), and the share that is clear: {month: (10,)}; classes, clear (T, H, W), dates (T,)."""
+    months = {}
+    for month in np.unique(dates.astype("datetime64[M]")):
+        at = dates.astype("datetime64[M]") == month
+        seen = classes[at][clear[at]]
+        share = np.bincount(seen, minlength=9) / len(seen) if len(seen) else np.full(9, np.nan)
+        months[str(month)] = np.append(share, clear[at].mean())
+    return months | {"all": np.nanmean([*months.values()], 0)}
+
+
+def landcover(o):
+    """Classify dated scenes with Dynamic World's released network; print and draw the months."""
+    dates, scenes, clear = data.read_scenes(o.landcover)
+    model, began = DynamicWorld.from_release(o.weights), time.time()
+    with torch.no_grad():
+        x = torch.from_numpy(data.normalize_s2(scenes)).permute(0, 3, 1, 2)     # (T, 9, H, W)
+        classes = torch.cat([model(scene[None]).argmax(1) for scene in x]).numpy()
+    print(f"{len(dates)} scenes of {classes.shape[1]} x {classes.shape[2]} pixels in "
+          f"{time.time() - began:.2f} s")
+    for title, mask in (("clear pixels", clear), ("all pixels, clouds too", clear | True)):
+        print(f"{title:<24}" + "".join(f"{name[:11]:>12}" for name in (*data.LAND_COVER, "seen")))
+        months = monthly(classes, mask, dates)
+        for month, shares in months.items():
+            print(f"{month:<24}" + "".join(f"{share:>12.1%}" for share in shares))
+    if o.plot and (plt := pyplot()):
+        from matplotlib.colors import ListedColormap
+        months, colours = monthly(classes, clear, dates), ListedColormap(COLOURS)
+        figure, axes = plt.subplots(1, 1 + len(dates), figsize=(16, 3.5), layout="constrained")
+        bottom = np.zeros(len(months))
+        for name, colour, share in zip(data.LAND_COVER, COLOURS, np.array([*months.values()]).T):
+            axes[0].bar(list(months), share, bottom=bottom, color=colour, label=name)
+            bottom += np.nan_to_num(share)
+        axes[0].legend(fontsize=6)
+        axes[0].set_title("share of clear pixels")
+        for axis, date, top, mask in zip(axes[1:], dates, classes, clear):
+            axis.imshow(top, colours, vmin=0, vmax=8, interpolation="nearest")
+            axis.set_title(f"{date}, {mask.mean():.0%} clear")
+            axis.set_axis_off()
+        Path(o.out).mkdir(exist_ok=True)
+        figure.savefig(Path(o.out, "landcover.png"), dpi=80)
+
+
 @dataclass
 class Options:
     out: str = option("out", "folder whose runs/ finetune.py wrote")
     plot: bool = option(False, "draw figures into --out (needs matplotlib)")
+    landcover: str = option("", "folder of an npz of dated Sentinel-2 scenes to classify")
+    weights: str = option("", "folder of Dynamic World's released weights, with variables/")
 
 
 def main(argv=None):
     o = parse(Options, __doc__, argv)
+    if o.landcover:
+        return landcover(o)
     runs = load_runs(o.out)
     if not runs:
         raise FileNotFoundError(f"no runs in {o.out}/runs: start with python finetune.py")

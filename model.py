@@ -13,7 +13,9 @@ Axes: B sites in a batch, T days, C dynamic variables, S static attributes, D wi
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -347,3 +349,77 @@ def masked_loss(errors, counts):
         raise ValueError("no entry of the batch is both hidden and observed: nothing to learn from")
     dynamic, static = errors / counts.clamp(min=1)
     return dynamic + 0.5 * static
+
+
+class DynamicWorld(nn.Module):
+    """Land cover of Sentinel-2 (doi 10.1038/s41597-022-01307-4): (B, 9, H, W) -> logits, as large.
+
+    Input as from data.normalize_s2; classes as in data.LAND_COVER. from_release: Google's weights.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.stem = unit(9, 64, 3)
+        self.side = nn.Sequential(unit(64, 48, 1), unit(48, 48, 3, depthwise=True))
+        self.blocks = nn.ModuleList([Block(64, 96), Block(96, 144), Block(192, 144)])
+        self.output = nn.Conv2d(144, 9, 1)
+
+    def forward(self, x):
+        H, W = x.shape[-2:]
+        half = F.interpolate(self.stem(x), (H // 2, W // 2), mode="bilinear", antialias=True)
+        x = torch.cat([self.blocks[1](self.blocks[0](half)), self.side(half)], 1)
+        x = F.interpolate(self.blocks[2](x), (H, W), mode="bilinear")           # (B, 144, H, W)
+        return self.output(F.normalize(x, dim=1))
+
+    @classmethod
+    def from_release(cls, path):
+        """The released network from its folder, which holds variables/variables.data-…, float32.
+
+        Layers are stored in the order below; kernels (kh, kw, in, out), depthwise (kh, kw, C, 1).
+        """
+        model = cls().eval()
+        first, second, third = model.blocks
+        layers = [
+            *model.stem, *first.units(5), *first.last_pair(), *second.units(5), *model.side[0],
+            *second.last_pair(), *model.side[1], *third.units(5), *third.last_pair(), model.output]
+        values = np.fromfile(Path(path, "variables/variables.data-00000-of-00001"), "<f4")
+        for layer in layers:
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                tensor = getattr(layer, name, None)
+                if tensor is not None:
+                    part, values = np.split(values, [tensor.numel()])
+                    if tensor.dim() == 4:
+                        out, into, *size = tensor.shape
+                        order = (2, 3, 0, 1) if into == 1 else (3, 2, 0, 1)
+                        shape = (*size, out, into) if into == 1 else (*size, into, out)
+                        part = part.reshape(shape).transpose(order)
+                    tensor.data.copy_(torch.from_numpy(part.copy()))
+        return model
+
+
+class Block(nn.Module):
+    """Residual block: [1x1 unit, depthwise 3x3 unit] three times, plus a 1x1 unit on the input."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.path = nn.Sequential(*(part for i in range(3) for part in (
+            unit(width if i else channels, width, 1), unit(width, width, 3, depthwise=True))))
+        self.shortcut = unit(channels, width, 1)
+
+    def forward(self, x):
+        return self.path(x) + self.shortcut(x)
+
+    def units(self, n):
+        """The layers of the first n units of the path."""
+        return [layer for part in self.path[:n] for layer in part]
+
+    def last_pair(self):
+        """The layers of its last unit and of the shortcut, interleaved as the release has them."""
+        return [layer for pair in zip(self.path[5], self.shortcut) for layer in pair]
+
+
+def unit(channels, width, size, depthwise=False):
+    """Convolution -> batch norm -> Mish, height and width kept."""
+    groups = channels if depthwise else 1
+    conv = nn.Conv2d(channels, width, size, padding=size // 2, groups=groups)
+    return nn.Sequential(conv, nn.BatchNorm2d(width, eps=1e-3), nn.Mish())

@@ -355,6 +355,31 @@ def test_metrics_equal_their_formulas():
     assert np.isclose(evaluate.sign_test(np.array([1] * 9 + [-1])), 2 * 11 / 1024)
 
 
+def test_monthly_land_cover():
+    dates = np.array(["2020-01-05", "2020-01-25", "2020-06-01"], "M8[D]")
+    classes = np.array([[[8, 8]], [[8, 1]], [[1, 4]]])      # (T, 1, 2)
+    clear = np.array([[[1, 1]], [[0, 1]], [[1, 1]]], bool)
+    months = evaluate.monthly(classes, clear, dates)
+    expected = {"2020-01": {8: 2 / 3, 1: 1 / 3, 9: 3 / 4}, "2020-06": {1: 0.5, 4: 0.5, 9: 1},
+                "all": {8: 1 / 3, 1: 5 / 12, 4: 0.25, 9: 7 / 8}}
+    for month, shares in expected.items():
+        assert np.allclose(months[month], [shares.get(k, 0) for k in range(10)]), month
+
+
+@needs_real_data
+def test_dynamic_world_equals_the_release():
+    z = np.load(REAL / "dynamicworld/reference_io.npz")
+    x = data.normalize_s2(z["s2_raw"])
+    m = model.DynamicWorld.from_release(REAL / "dynamicworld/forward")
+    with torch.no_grad():
+        logits = m(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+    assert np.abs(x - z["normalized"]).max() < 1e-5 and np.abs(logits - z["logits"]).max() < 1e-4
+    assert np.array_equal(logits.argmax(-1), z["logits"].argmax(-1))
+    dates, scenes, clear = data.read_scenes(REAL / "sentinel2_slovenia")
+    assert np.array_equal(dates, np.sort(dates)) and clear.mean((1, 2)).tolist() == [1, 0, 0, 1, 1]
+    assert np.allclose(np.sort(scenes.sum((1, 2, 3))), np.sort(z["s2_raw"].sum((1, 2, 3))))
+
+
 def test_finetuning_at_held_out_sites():
     out, sites = Path(mkdtemp()), data.load(quick=True)
     run("--quick --steps 3", out)
