@@ -423,3 +423,39 @@ def unit(channels, width, size, depthwise=False):
     groups = channels if depthwise else 1
     conv = nn.Conv2d(channels, width, size, padding=size // 2, groups=groups)
     return nn.Sequential(conv, nn.BatchNorm2d(width, eps=1e-3), nn.Mish())
+
+
+class UNet(nn.Module):
+    """U-Net, or U-Net++ (nested; arXiv 1807.10165): (B, in, H, W) -> (B, out, H, W).
+
+    Node i, j = conv(cat(nodes i, 0 .. j-1, node i+1, j-1 twice as large)); U-Net has only those with
+    j = 0, on the way down, and with i + j = depth - 1, on the way up.
+    """
+
+    def __init__(self, in_channels, out_channels, nested=False, width=32, depth=4):
+        super().__init__()
+        c, self.depth, self.nodes = [width * 2 ** i for i in range(depth)], depth, nn.ModuleDict()
+        for j in range(depth):
+            for i in range(depth - j):
+                skips = j if nested else 1
+                channels = skips * c[i] + c[i + 1] if j else c[i - 1] if i else in_channels
+                if j == 0 or nested or i + j == depth - 1:
+                    self.nodes[f"{i} {j}"] = nn.Sequential(*(
+                        part for n in (channels, c[i]) for part in (
+                            nn.Conv2d(n, c[i], 3, padding=1), nn.GroupNorm(8, c[i]), nn.GELU())))
+        self.output = nn.Conv2d(width, out_channels, 1)
+
+    def forward(self, x):
+        """ValueError unless height and width are multiples of 2^(depth - 1)."""
+        stride, done = 2 ** (self.depth - 1), {}
+        if x.shape[-2] % stride or x.shape[-1] % stride:
+            raise ValueError(f"an image of {x.shape[-2]} x {x.shape[-1]}, not multiples of {stride}")
+        for key, node in self.nodes.items():                # j by j, from the finest i down
+            i, j = map(int, key.split())
+            if j:
+                below = F.interpolate(done[i + 1, j - 1], scale_factor=2, mode="bilinear")
+                x = torch.cat([done[i, k] for k in range(j) if (i, k) in done] + [below], 1)
+            elif i:
+                x = F.max_pool2d(done[i - 1, 0], 2)
+            done[i, j] = node(x)
+        return self.output(done[0, self.depth - 1])

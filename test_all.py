@@ -355,6 +355,16 @@ def test_metrics_equal_their_formulas():
     assert np.isclose(evaluate.sign_test(np.array([1] * 9 + [-1])), 2 * 11 / 1024)
 
 
+def test_unet_and_unet_plus_plus():
+    x = torch.randn(2, 5, 24, 32)
+    for nested, nodes in ((False, 4 + 3), (True, 4 + 3 + 2 + 1)):
+        m = model.UNet(5, 3, nested, width=8)
+        assert len(m.nodes) == nodes and m(x).shape == (2, 3, 24, 32)
+        m(x).sum().backward()                               # every node takes part
+        assert all(p.grad.abs().sum() > 0 for p in m.parameters() if p.dim() == 4)
+        raises(ValueError, "28 x 32.*multiples of 8", m, torch.randn(2, 5, 28, 32))
+
+
 def test_monthly_land_cover():
     dates = np.array(["2020-01-05", "2020-01-25", "2020-06-01"], "M8[D]")
     classes = np.array([[[8, 8]], [[8, 1]], [[1, 4]]])      # (T, 1, 2)
