@@ -539,6 +539,69 @@ def read_scenes(folder):
     return dates[order].astype("datetime64[D]"), 10_000 * scenes[order], clear[order]
 
 
+def load_tiles(spec, task, seed=0):
+    """An image (C, H, W) and its map (H, W) of heights in m or of classes, NaN = unlabelled.
+
+    spec: synthetic; s2:DIR, the clear scenes of read_scenes with `dem` or `lulc`; or tiles:DIR with
+    x.npy and y.npy, where x in int8 is AlphaEarth's quantised form.
+    """
+    kind, _, folder = spec.partition(":")
+    if kind == "synthetic":
+        return synthetic_tiles(task, seed)
+    check(kind in ("s2", "tiles"), f"data '{spec}': expected synthetic, s2:DIR or tiles:DIR")
+    if kind == "s2":
+        _, scenes, clear = read_scenes(folder)
+        x = normalize_s2(scenes[clear.all((1, 2))]).transpose(0, 3, 1, 2)       # (T, 9, H, W)
+        with np.load(one_file(Path(folder), "*.npz")) as z:
+            y = z["dem" if task == "height" else "lulc"].astype(np.float32)
+    else:
+        x, y = (np.load(one_file(Path(folder), name)) for name in ("x.npy", "y.npy"))
+        if x.dtype == np.int8:
+            x = np.sign(x) * (x / 127.5) ** 2
+    x = x.reshape(-1, *x.shape[-2:]).astype(np.float32)
+    check(x.shape[1:] == y.shape, f"{spec}: an image of {x.shape[1:]} and a map of {y.shape}")
+    if task == "landcover":                 # classes with a number above 0, in their order
+        y = np.where(y > 0, np.searchsorted(np.unique(y[y > 0]), y), np.nan)
+    return x, y.astype(np.float32)
+
+
+def synthetic_tiles(task, seed=0, size=192):
+    """Terrain that rises to the east, four classes by height and wetness, as load_tiles.
+
+    Seen as 64 embeddings that mix both (height), or as 9 bands in three seasons, a tenth of the
+    pixels cloudy (landcover).
+    """
+    rng, (rows, columns) = np.random.default_rng(seed), np.indices((size, size)) / size
+
+    def field(scale):                       # a smooth random field, (H, W)
+        waves = np.stack([rows, columns], -1) @ (scale * rng.standard_normal((2, 64)))
+        return np.cos(waves + rng.uniform(0, 2 * np.pi, 64)).sum(-1) / 5.7
+
+    height = 300 + 80 * field(12) + 15 * field(40) + 120 * columns              # m
+    slope, wet = np.hypot(*np.gradient(height, 10.0)), field(15)
+    classes = np.select([wet > 1, height > 420, wet < -0.3], [0, 1, 2], 3)      # (H, W)
+    if task == "height":
+        is_class = classes == np.arange(4)[:, None, None]                       # (4, H, W)
+        latents = np.stack([height / 100 - 3.5, 3 * slope, wet, *is_class])
+        mixed = np.einsum("chw,ck->khw", latents, rng.standard_normal((7, 64)))
+        return np.tanh(mixed + 0.3 * rng.standard_normal(mixed.shape)).astype(np.float32), height
+    spectra = rng.uniform(0.1, 0.9, (3, 4, 9))[:, classes]                      # (3, H, W, 9)
+    seen = spectra + 0.25 * rng.standard_normal(spectra.shape)
+    seen[rng.random(seen.shape[:3]) < 0.1] = 1                                  # cloud
+    return (seen.transpose(0, 3, 1, 2).reshape(27, size, size).astype(np.float32),
+            classes.astype(np.float32))
+
+
+def block_folds(shape, kind, k, block=20, seed=0):
+    """Fold of each pixel, (H, W): "pub", blocks of so many pixels; "pur", strips west to east."""
+    check(kind in ("pub", "pur"), f"hold-out '{kind}': expected pub or pur")
+    rows, columns = np.indices(shape)
+    if kind == "pur":
+        return columns * k // shape[1]
+    blocks = rows // block * (shape[1] // block + 1) + columns // block
+    return (np.random.default_rng(seed).permutation(blocks.max() + 1) % k)[blocks]
+
+
 def folds(sites, kind, k, seed=0):
     """Fold of each site, (N,) int in 0..k-1; a gauge that two archives hold has one fold.
 

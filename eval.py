@@ -95,8 +95,19 @@ def skill(obs, sim):
     if np.isin(obs, (0, 1)).all():
         scores = class_metrics(obs, sim)
         return {name: scores[name] for name in ("auc", "accuracy", "f1")}
-    scores = site_metrics(obs, sim)
-    return {"R2": scores["nse"], "rmse": scores["rmse"], "median difference": np.median(sim - obs)}
+    if np.array_equal(sim, sim.round()) and np.array_equal(obs, obs.round()):   # several classes
+        table = np.zeros((int(max(obs.max(), sim.max())) + 1,) * 2)             # observed, guessed
+        np.add.at(table, (obs.astype(int), sim.astype(int)), 1)
+        hits, seen, guessed = table.diagonal(), table.sum(1), table.sum(0)
+        f1 = 2 * hits / np.maximum(seen + guessed, 1)
+        there = seen > 0
+        return {"balanced": (hits[there] / seen[there]).mean(),
+                "accuracy": hits.sum() / table.sum(),
+                **{f"f1 {k}": f1[k] for k in np.flatnonzero(there)}}
+    scores, difference = site_metrics(obs, sim), sim - obs
+    median = np.median(difference)
+    return {"R2": scores["nse"], "rmse": scores["rmse"], "median difference": median,
+            "nmad": 1.4826 * np.median(abs(difference - median))}
 
 
 def load_runs(folder):

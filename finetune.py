@@ -24,14 +24,15 @@ import torch.nn.functional as F
 
 import data
 from eval import skill
-from model import Config, Dropout, StefaLand
+from model import Config, Dropout, DynamicWorld, StefaLand, UNet
 from train import (Windows, day_slice, descend, fit_scaling, learning_rate, option, parse, setup,
                    tile)
 
 
 @dataclass
 class Options:
-    task: str = option("streamflow", "streamflow, soil_moisture, soil or landslide")
+    task: str = option("streamflow",
+                       "one of streamflow, soil_moisture, soil, landslide, landcover, height")
     data: str = option("synthetic", "synthetic, or sources: caravan:DIR,camels:DIR")
     model: str = option("", "variants, joined by commas; empty: resconn and the task's baselines")
     target: str = option("clay", "what --task soil predicts: clay, silt, sand, another attribute")
@@ -59,6 +60,7 @@ class Options:
     lr: float = option(2e-3, "peak learning rate")
     dropout: float = option(0.2, "before the head and before its output")
     warmup: int = option(120, "first days of a window that are not scored")
+    buffer: int = option(4, "pixels round the test fold not learned from (landcover, height)")
     cache_gb: float = option(4.0, "encoded windows beyond this go to a memory map on disk")
     allow_overlap: bool = option(False, "test on sites the checkpoint has seen; the run says so")
     device: str = option("", "cuda, cpu …; empty: cuda if there is one")
@@ -71,6 +73,14 @@ TASKS = {  # head, target -> what is learned, and back, the models compared by d
     "soil_moisture": ("lstm", np.array, np.array, "resconn,lstm"),
     "soil": ("mlp", np.array, np.array, "resconn,mlp,glm"),
     "landslide": ("cnn", np.array, lambda y: 1 / (1 + np.exp(-y)), "resconn,cnn,glm"),
+    "landcover": ("tiles", None, None, "unet,pixel"),
+    "height": ("tiles", None, None, "unet,unet++,pixel"),
+}
+IMAGE_NETS = {  # of tiles: channels in and out -> network
+    "unet": lambda c, k: UNet(c, k, width=16),
+    "unet++": lambda c, k: UNet(c, k, nested=True, width=16),
+    "dynamicworld": DynamicWorld,
+    "pixel": lambda c, k: nn.Conv2d(c, k, 1),       # linear or logistic regression of each pixel
 }
 VARIANTS = {  # where E comes from, what the residual path sees, the head if not the task's own
     "resconn": ("frozen", "weather", ""),
@@ -351,18 +361,89 @@ def run(o, variant, sites, fold_of, fold, seed):
                 obs=obs, sim=sim, overlap=overlap, validation=best)
 
 
+def run_tiles(o, variant, tiles, fold_of, fold, seed, crop=32):
+    """Train an image network on one fold of the pixels. Returns what the run's file holds.
+
+    Pixels nearer than --buffer to the test fold are not learned from; the next fold validates.
+    """
+    device, began, rng = setup(o.device)[2], time.time(), np.random.default_rng([seed, fold])
+    torch.manual_seed(seed)
+    x, y = tiles                                                                # (C, H, W), (H, W)
+    near = torch.from_numpy(fold_of == fold).float()[None]
+    near = F.max_pool2d(near, 2 * o.buffer + 1, 1, o.buffer)[0].numpy() > 0
+    known, classes = ~np.isnan(y), int(np.nanmax(y)) + 1 if o.task == "landcover" else 0
+    validation = known & ~near & (fold_of == (fold + 1) % o.folds)
+    training = known & ~near & ~validation
+    test = known & (fold_of == fold)
+    x = (x - x[:, training].mean(1)[:, None, None]) / (x[:, training].std(1)[:, None, None] + 1e-6)
+    centre, spread = (0.0, 1.0) if classes else (y[training].mean(), y[training].std())
+    count = np.bincount(y[training].astype(int), minlength=classes) if classes else np.ones(1)
+    weight = torch.tensor(len(y[training]) / count.clip(1), dtype=torch.float32, device=device)
+    pad = [-size % 8 for size in y.shape]
+    image = np.pad(x, ((0, 0), (0, pad[0]), (0, pad[1])), mode="edge")
+    goal = np.pad(np.where(training, (y - centre) / spread, np.nan),
+                  ((0, pad[0]), (0, pad[1])), constant_values=np.nan)
+    both = torch.from_numpy(np.concatenate([image, goal[None]]).astype(np.float32))
+    model = IMAGE_NETS[variant](len(x), classes or 1).to(device)
+
+    def simulate():                                         # (H, W)
+        model.eval()
+        with torch.no_grad():
+            out = model(both[None, :-1].to(device))[0].cpu().numpy()
+        model.train()
+        out = out.argmax(0) if classes else out[0] * spread + centre
+        return out[:y.shape[0], :y.shape[1]].astype(np.float32)
+
+    optimizer, best, kept = torch.optim.AdamW(model.parameters(), o.lr), -np.inf, None
+    for step in range(o.steps):
+        batch = []
+        for _ in range(o.batch_size):                       # crops, flipped and turned
+            i, j = (rng.integers(size - crop + 1) for size in both.shape[1:])
+            part = both[:, i:i + crop, j:j + crop].rot90(rng.integers(4), (1, 2))
+            batch.append(part.flip(1) if rng.random() < 0.5 else part)
+        batch = torch.stack(batch).to(device)                                   # (B, C+1, 32, 32)
+        out, truth = model(batch[:, :-1]), batch[:, -1]
+        seen = ~truth.isnan()
+        if classes:
+            loss = F.cross_entropy(out, truth.nan_to_num(-1).long(), weight, ignore_index=-1)
+        else:
+            loss = (out[:, 0] - truth)[seen].square().mean()
+        if seen.any():
+            descend(optimizer, loss, o.lr * learning_rate(step / o.steps), clip=1.0,
+                    where=f"{variant}, step {step}")
+        if (step + 1) % max(o.steps // 10, 1) == 0:
+            result = simulate()
+            score = next(iter(skill(y[validation, None], result[validation, None]).values()))
+            if kept is None or score > best:
+                best, kept = score, {k: x.clone() for k, x in model.state_dict().items()}
+    model.load_state_dict(kept)
+    result = simulate()
+    for name, where in ("train", training), ("test", test):
+        scores = skill(y[where, None], result[where, None])
+        print(f"fold {fold} seed {seed} {variant:<12} {where.sum()} {name} pixels: " + ", ".join(
+            f"{key} {value:.3f}" for key, value in scores.items()), flush=True)
+    print(f"{time.time() - began:.0f} s")
+    ids = np.flatnonzero(test).astype(str)
+    return dict(ids=ids, latlon=np.argwhere(test), dates=np.arange(1), obs=y[test, None],
+                sim=result[test, None], overlap=0, validation=best)
+
+
 def main(argv=None):
     o = parse(Options, __doc__, argv)
-    for given, known in [*((v, VARIANTS) for v in o.model.split(",") if v), (o.adapter, ADAPTERS),
-                         (o.task, TASKS)]:
+    known = IMAGE_NETS if TASKS.get(o.task, "-")[0] == "tiles" else VARIANTS
+    for given, known in [(o.task, TASKS), *((v, known) for v in o.model.split(",") if v),
+                         (o.adapter, ADAPTERS)]:
         if given not in known:
             raise ValueError(f"'{given}': expected one of {', '.join(known)}")
     o.model = o.model or TASKS[o.task][-1]
     if o.quick:
         o.steps, o.batch_size = min(o.steps, 10), 8
-    target = "streamflow" if o.task == "soil" else o.task
-    sites = data.load(o.data, target, cache=Path(o.out) / "cache", static_only=o.static_only,
-                      quick=o.quick)
+    target, tiles = "streamflow" if o.task == "soil" else o.task, TASKS[o.task][0] == "tiles"
+    if tiles:
+        sites = data.load_tiles(o.data, o.task)
+    else:
+        sites = data.load(o.data, target, cache=Path(o.out) / "cache", static_only=o.static_only,
+                          quick=o.quick)
     if o.task == "soil":                                    # all three fractions are hidden
         data.check(o.target in sites.static_names, f"--target {o.target}: the sites have no such "
                                                    f"attribute, only {sites.static_names}")
@@ -375,7 +456,9 @@ def main(argv=None):
         f", {key} {getattr(o, key)}" for key in ("target", "recut", "missing", "labelled")
         if getattr(o, key) != getattr(Options, key) or key == "target" and o.task == "soil")
     for seed in range(o.seed, o.seed + o.seeds):
-        fold_of = data.folds(sites, o.holdout, o.folds, seed if o.recut else 0)
+        cut = seed if o.recut else 0
+        fold_of = (data.block_folds(sites[1].shape, o.holdout, o.folds, seed=cut) if tiles
+                   else data.folds(sites, o.holdout, o.folds, cut))
         for fold in range(o.folds) if o.fold == "all" else map(int, o.fold.split(",")):
             for variant in o.model.split(","):
                 changed = [getattr(o, key) for key in ("adapter", "residual", "tokens")
@@ -385,7 +468,7 @@ def main(argv=None):
                 if path.exists():
                     print(f"{path}: done before")
                     continue
-                arrays = run(o, variant, sites, fold_of, fold, seed)
+                arrays = (run_tiles if tiles else run)(o, variant, sites, fold_of, fold, seed)
                 settings = vars(o) | dict(setting=setting, name=name, fold=fold, seed=seed)
                 data.write_atomically(path, lambda file: np.savez_compressed(
                     file, settings=json.dumps(settings), **arrays))

@@ -357,12 +357,12 @@ class DynamicWorld(nn.Module):
     Input as from data.normalize_s2; classes as in data.LAND_COVER. from_release: Google's weights.
     """
 
-    def __init__(self):
+    def __init__(self, in_channels=9, out_channels=9):
         super().__init__()
-        self.stem = unit(9, 64, 3)
+        self.stem = unit(in_channels, 64, 3)
         self.side = nn.Sequential(unit(64, 48, 1), unit(48, 48, 3, depthwise=True))
         self.blocks = nn.ModuleList([Block(64, 96), Block(96, 144), Block(192, 144)])
-        self.output = nn.Conv2d(144, 9, 1)
+        self.output = nn.Conv2d(144, out_channels, 1)
 
     def forward(self, x):
         H, W = x.shape[-2:]
@@ -428,8 +428,8 @@ def unit(channels, width, size, depthwise=False):
 class UNet(nn.Module):
     """U-Net, or U-Net++ (nested; arXiv 1807.10165): (B, in, H, W) -> (B, out, H, W).
 
-    Node i, j = conv(cat(nodes i, 0 .. j-1, node i+1, j-1 twice as large)); U-Net has only those with
-    j = 0, on the way down, and with i + j = depth - 1, on the way up.
+    Node i, j = conv(cat(nodes i, 0 .. j-1, node i+1, j-1 twice as large)); U-Net has only those
+    with j = 0, on the way down, and with i + j = depth - 1, on the way up.
     """
 
     def __init__(self, in_channels, out_channels, nested=False, width=32, depth=4):
@@ -447,9 +447,9 @@ class UNet(nn.Module):
 
     def forward(self, x):
         """ValueError unless height and width are multiples of 2^(depth - 1)."""
-        stride, done = 2 ** (self.depth - 1), {}
-        if x.shape[-2] % stride or x.shape[-1] % stride:
-            raise ValueError(f"an image of {x.shape[-2]} x {x.shape[-1]}, not multiples of {stride}")
+        stride, done, (H, W) = 2 ** (self.depth - 1), {}, x.shape[-2:]
+        if H % stride or W % stride:
+            raise ValueError(f"an image of {H} x {W}, not multiples of {stride}")
         for key, node in self.nodes.items():                # j by j, from the finest i down
             i, j = map(int, key.split())
             if j:

@@ -365,6 +365,21 @@ def test_unet_and_unet_plus_plus():
         raises(ValueError, "28 x 32.*multiples of 8", m, torch.randn(2, 5, 28, 32))
 
 
+def test_image_tasks_learn_and_hold_out_blocks():
+    fold = data.block_folds((100, 60), "pub", 5)
+    assert (fold[:20, :20] == fold[0, 0]).all() and set(fold.ravel()) == set(range(5))
+    o = finetune.Options(task="height", steps=30, batch_size=8)
+    x, y = data.load_tiles("synthetic", "height")
+    fold = data.block_folds(y.shape, "pub", 5)
+    shifted = np.where(fold == 0, y + 999, y)               # unseen: nothing changes but the truth
+    runs = [finetune.run_tiles(o, "unet", (x, y), fold, 0, 0) for y in (y, shifted)]
+    assert np.array_equal(runs[0]["sim"], runs[1]["sim"])
+    assert evaluate.skill(runs[0]["obs"], runs[0]["sim"])["R2"] > 0.5
+    labels, guess = np.array([[0], [1], [1], [2]]), np.array([[0], [1], [2], [2]])
+    scores = evaluate.skill(labels, guess)
+    assert np.isclose(scores["balanced"], 2.5 / 3) and np.isclose(scores["f1 1"], 2 / 3)
+
+
 def test_monthly_land_cover():
     dates = np.array(["2020-01-05", "2020-01-25", "2020-06-01"], "M8[D]")
     classes = np.array([[[8, 8]], [[8, 1]], [[1, 4]]])      # (T, 1, 2)
