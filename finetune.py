@@ -331,26 +331,18 @@ def run(o, variant, sites, fold_of, fold, seed):
         model.train()
         return observed[chosen, days], result[chosen, days]
 
-    optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=1e-2)
-    best, kept, seconds = -np.inf, None, 0.0
-    for step in range(o.steps):
-        tick = time.time()
+    def loss():
         i = rng.choice(len(sets["training"][0]), o.batch_size)
         site, start = (x[i] for x in sets["training"])
         truth = target[site, start].to(device)                                  # (B, L)
         scored = ~truth.isnan()
         scored[:, :warmup] = False
         guess, truth = predict("training", i)[scored], truth[scored]
-        squares = (guess - truth).square() * weight[site].expand(scored.shape)[scored]
-        loss = F.binary_cross_entropy_with_logits(guess, truth) if classes else squares.mean()
-        descend(optimizer, loss, o.lr * learning_rate(step / o.steps), clip=1.0,
-                where=f"{variant}, step {step}")
-        seconds += time.time() - tick
-        if (step + 1) % max(o.steps // 10, 1) == 0:         # early stopping on validation sites
-            score = next(iter(skill(*simulate("validation", validation, past)).values()))
-            if kept is None or score > best:
-                best, kept = score, {k: x.clone() for k, x in model.state_dict().items()}
-    model.load_state_dict(kept)
+        if classes:
+            return F.binary_cross_entropy_with_logits(guess, truth)
+        return ((guess - truth).square() * weight[site].expand(scored.shape)[scored]).mean()
+
+    best, seconds = fit(model, o, loss, lambda: skill(*simulate("validation", validation, past)))
     obs, sim = simulate("test", test, future)
     epoch = seconds / o.steps * len(sets["training"][0]) / o.batch_size
     print(f"fold {fold} seed {seed} {variant:<10} {len(training)} + {len(validation)} sites, "
@@ -359,6 +351,26 @@ def run(o, variant, sites, fold_of, fold, seed):
           + f"; {epoch:.1f} s an epoch, {time.time() - began:.0f} s in all", flush=True)
     return dict(ids=sites.ids[test], latlon=sites.latlon[test], dates=sites.dates[future],
                 obs=obs, sim=sim, overlap=overlap, validation=best)
+
+
+def fit(model, o, loss, scores):
+    """Train on loss(); keep the weights with the best first one of scores(), looked at ten times.
+
+    Returns this score and the seconds of training.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=1e-2)
+    best, kept, seconds = -np.inf, None, 0.0
+    for step in range(o.steps):
+        tick = time.time()
+        rate = o.lr * learning_rate(step / o.steps)
+        descend(optimizer, loss(), rate, clip=1.0, where=f"step {step} of {o.task}")
+        seconds += time.time() - tick
+        if (step + 1) % max(o.steps // 10, 1) == 0:         # early stopping on validation sites
+            score = next(iter(scores().values()))
+            if kept is None or score > best:
+                best, kept = score, {k: x.clone() for k, x in model.state_dict().items()}
+    model.load_state_dict(kept)
+    return best, seconds
 
 
 def run_tiles(o, variant, tiles, fold_of, fold, seed, crop=32):
@@ -394,8 +406,7 @@ def run_tiles(o, variant, tiles, fold_of, fold, seed, crop=32):
         out = out.argmax(0) if classes else out[0] * spread + centre
         return out[:y.shape[0], :y.shape[1]].astype(np.float32)
 
-    optimizer, best, kept = torch.optim.AdamW(model.parameters(), o.lr), -np.inf, None
-    for step in range(o.steps):
+    def loss():
         batch = []
         for _ in range(o.batch_size):                       # crops, flipped and turned
             i, j = (rng.integers(size - crop + 1) for size in both.shape[1:])
@@ -403,26 +414,20 @@ def run_tiles(o, variant, tiles, fold_of, fold, seed, crop=32):
             batch.append(part.flip(1) if rng.random() < 0.5 else part)
         batch = torch.stack(batch).to(device)                                   # (B, C+1, 32, 32)
         out, truth = model(batch[:, :-1]), batch[:, -1]
-        seen = ~truth.isnan()
+        seen, truth = ~truth.isnan(), truth.nan_to_num()
         if classes:
-            loss = F.cross_entropy(out, truth.nan_to_num(-1).long(), weight, ignore_index=-1)
-        else:
-            loss = (out[:, 0] - truth)[seen].square().mean()
-        if seen.any():
-            descend(optimizer, loss, o.lr * learning_rate(step / o.steps), clip=1.0,
-                    where=f"{variant}, step {step}")
-        if (step + 1) % max(o.steps // 10, 1) == 0:
-            result = simulate()
-            score = next(iter(skill(y[validation, None], result[validation, None]).values()))
-            if kept is None or score > best:
-                best, kept = score, {k: x.clone() for k, x in model.state_dict().items()}
-    model.load_state_dict(kept)
+            losses = F.cross_entropy(out, truth.long(), weight, reduction="none") * seen
+            return losses.sum() / (weight[truth.long()] * seen).sum().clamp(min=1e-6)
+        return ((out[:, 0] - truth).square() * seen).sum() / seen.sum().clamp(min=1)
+
+    best, seconds = fit(model, o, loss, lambda: skill(y[validation, None],
+                                                      simulate()[validation, None]))
     result = simulate()
     for name, where in ("train", training), ("test", test):
         scores = skill(y[where, None], result[where, None])
         print(f"fold {fold} seed {seed} {variant:<12} {where.sum()} {name} pixels: " + ", ".join(
             f"{key} {value:.3f}" for key, value in scores.items()), flush=True)
-    print(f"{time.time() - began:.0f} s")
+    print(f"{seconds / o.steps:.2f} s a step, {time.time() - began:.0f} s in all")
     ids = np.flatnonzero(test).astype(str)
     return dict(ids=ids, latlon=np.argwhere(test), dates=np.arange(1), obs=y[test, None],
                 sim=result[test, None], overlap=0, validation=best)
