@@ -130,6 +130,16 @@ def per_site(runs):
     return {site: float(np.mean(v)) for site, v in values.items()}
 
 
+def mean_skill(runs):
+    """Mean over seeds of the skill on all the test sets of a model's runs."""
+    by_seed = defaultdict(list)
+    for run in runs:
+        by_seed[run["seed"]].append(run)
+    scores = [skill(*(np.concatenate([run[key] for run in part]) for key in ("obs", "sim")))
+              for part in by_seed.values()]
+    return {name: np.mean([score[name] for score in scores]) for name in scores[0]}
+
+
 def table(runs):
     """Print each setting's models: scores over all test sites ± standard error over folds, and the
     median gain per site over the supervised baseline with the p-value of a sign test."""
@@ -138,14 +148,13 @@ def table(runs):
         print(f"\n{setting}")
         for name, of_model in models.items():
             seeds, folds = ({run[key] for run in of_model} for key in ("seed", "fold"))
-            scores = [[skill(*(np.concatenate([run[key] for run in of_model if run["seed"] == seed
-                                               and run["fold"] in part]) for key in ("obs", "sim")))
-                       for seed in seeds] for part in (folds, *({fold} for fold in folds))]
+            total = mean_skill(of_model)
+            parts = [mean_skill([r for r in of_model if r["fold"] == fold]) for fold in folds]
             line = f"{name:<20} {len(folds)} folds, {len(seeds)} seeds"
-            for metric in scores[0][0]:
-                mean, *by_fold = (np.mean([s[metric] for s in of_seed]) for of_seed in scores)
-                mean = np.mean(by_fold) if "auc" in scores[0][0] else mean  # folds' scores differ
-                error = ratio(np.std(by_fold), (len(folds) - 1) ** 0.5)
+            for metric, mean in total.items():
+                by_fold = [part.get(metric, math.nan) for part in parts]
+                mean = np.mean(by_fold) if "auc" in total else mean     # scores of folds differ
+                error = ratio(np.nanstd(by_fold), (len(folds) - 1) ** 0.5)
                 line += f"  {metric} {mean:.3f} ± {error:.3f}"
             mine = per_site(of_model)
             gain = np.array([mine[site] - base[site] for site in mine if site in base])
