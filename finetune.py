@@ -8,7 +8,7 @@
 
 r_t = linear(conv1d(weather_t)); h = LSTM(E_t + r_t); y_t = linear(h_t), E_t from the encoder. No
 site of the test fold is trained on, nor may the checkpoint have seen it. A run whose file is under
-out/runs is not repeated.
+out/runs, with the same settings, is not repeated.
 """
 
 import json
@@ -470,13 +470,14 @@ def main(argv=None):
                            if getattr(o, key) != getattr(Options, key) and variant != "lstm"]
                 name = " ".join([variant, *changed])
                 path = Path(o.out, "runs", f"{setting}, {name}, fold {fold}, seed {seed}.npz")
-                if path.exists():
+                settings = json.dumps(vars(o) | dict(setting=setting, name=name, model=variant,
+                                                     fold=fold, seed=seed, seeds=1))
+                if path.exists() and str(np.load(path)["settings"]) == settings:
                     print(f"{path}: done before")
                     continue
                 arrays = (run_tiles if tiles else run)(o, variant, sites, fold_of, fold, seed)
-                settings = vars(o) | dict(setting=setting, name=name, fold=fold, seed=seed)
                 data.write_atomically(path, lambda file: np.savez_compressed(
-                    file, settings=json.dumps(settings), **arrays))
+                    file, settings=settings, **arrays))
 
 
 if __name__ == "__main__":

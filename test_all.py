@@ -417,6 +417,11 @@ def test_finetuning_at_held_out_sites():
         assert result["overlap"] == 0 and (result["sim"] >= 0).all()
         assert np.array_equal(result["obs"], sites.target[held][:, -len(result["dates"]):])
     evaluate.table({"all": runs})
+    done = [path.stat().st_mtime_ns for path in sorted(out.glob("runs/*, lstm, *"))]
+    for steps, again in (("10", False), ("9", True)):       # only with other settings once more
+        finetune.main(options + ["--model", "lstm", "--steps", steps])
+        now = [path.stat().st_mtime_ns for path in sorted(out.glob("runs/*, lstm, *"))]
+        assert (now != done) == again
     for task in ("soil_moisture", "soil", "landslide"):     # of a value per site: also its R2, AUC
         models = ",".join([finetune.TASKS[task][-1], "alphaearth-resconn"])
         finetune.main(options + ["--task", task, "--model", models])
