@@ -19,7 +19,7 @@ import data
 from model import DynamicWorld
 from train import option, parse
 
-BASELINES = ("lstm", "mlp", "cnn")
+BASELINES = ("lstm", "mlp", "cnn", "pixel")
 COLOURS = ("#419bdf", "#397d49", "#88b053", "#7a87c6", "#e49635", "#dfc35a", "#c4281b", "#a59b8f",
            "#b39fe1")            # Dynamic World's, of data.LAND_COVER
 METRICS = "rmse ubrmse corr nse kge mae pbias fhv flv fdc_rmse".split()
@@ -126,7 +126,8 @@ def per_site(runs):
     values = defaultdict(list)
     for run in runs:
         for site, o, s in zip(run["ids"], run["obs"], run["sim"]):
-            values[str(site)].append(site_metrics(o, s)["nse"] if len(o) > 1 else -abs(o - s)[0])
+            error = (o != s)[0] if run["task"] == "landcover" else abs(o - s)[0]
+            values[str(site)].append(site_metrics(o, s)["nse"] if len(o) > 1 else -float(error))
     return {site: float(np.mean(v)) for site, v in values.items()}
 
 
