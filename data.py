@@ -560,8 +560,10 @@ def load_tiles(spec, task, seed=0):
             x = np.sign(x) * (x / 127.5) ** 2
     x = x.reshape(-1, *x.shape[-2:]).astype(np.float32)
     check(x.shape[1:] == y.shape, f"{spec}: an image of {x.shape[1:]} and a map of {y.shape}")
-    if task == "landcover":                 # classes with a number above 0, in their order
-        y = np.where(y > 0, np.searchsorted(np.unique(y[y > 0]), y), np.nan)
+    if task == "landcover" and kind == "s2":    # its classes of at least 100 pixels, renumbered
+        names, count = np.unique(y[y > 0], return_counts=True)
+        y = np.where(np.isin(y, names := names[count >= 100]), np.searchsorted(names, y), np.nan)
+        print(f"{spec}: classes {names.astype(int)}, from now on 0 to {len(names) - 1}")
     return x, y.astype(np.float32)
 
 
