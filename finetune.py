@@ -242,6 +242,15 @@ def choose_sites(o, sites, fold_of, fold, rng):
     return training, validation, test
 
 
+def predict_attribute(sites, target):
+    """`sites` with an attribute as target, hidden as an input with all of clay, silt and sand."""
+    names = sites.static_names
+    data.check(target in names, f"--target {target}: the sites have only {names}")
+    hidden = np.isin(names, (target, "clay", "silt", "sand"))
+    return replace(sites, target=sites.static[:, names.index(target)],
+                   static=np.where(hidden, np.float32(np.nan), sites.static))
+
+
 def hide_groups(sites, at, share, rng):
     """`sites` with a share of the attribute groups hidden at the sites `at`."""
     groups = np.array([data.GROUP.get(n, n) for n in sites.static_names])
@@ -449,12 +458,8 @@ def main(argv=None):
     else:
         sites = data.load(o.data, target, cache=Path(o.out) / "cache", static_only=o.static_only,
                           quick=o.quick)
-    if o.task == "soil":                                    # all three fractions are hidden
-        data.check(o.target in sites.static_names, f"--target {o.target}: the sites have no such "
-                                                   f"attribute, only {sites.static_names}")
-        sites.target = sites.static[:, sites.static_names.index(o.target)].copy()
-        for name in {o.target, "clay", "silt", "sand"} & {*sites.static_names}:
-            sites.static[:, sites.static_names.index(name)] = np.nan
+    if o.task == "soil":
+        sites = predict_attribute(sites, o.target)
     if o.vectors:
         sites = data.join_vectors(sites, o.vectors)
     setting = f"{o.task} {o.data.partition(':')[0]} {o.holdout}{o.folds}" + "".join(

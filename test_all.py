@@ -429,6 +429,9 @@ def test_finetuning_at_held_out_sites():
     assert np.isin(runs["landslide synthetic pub5"]["cnn"][0]["obs"], (0, 1)).all()
     obs, clay = runs["soil synthetic pub5, target clay"]["glm"][0]["obs"], sites.static[held, 3]
     assert np.array_equal(obs[:, 0], clay[~np.isnan(clay)])
+    blind = finetune.predict_attribute(sites, "sand")       # no other fraction gives it away
+    assert [name for name, x in zip(blind.static_names, blind.static.T) if np.isnan(x).all()] == [
+        "clay", "silt", "sand"] and np.array_equal(blind.target, sites.static[:, 5], equal_nan=True)
     # no observation of a test site reaches a model, and its attributes do
     o, fold = finetune.parse(finetune.Options, "", options), data.folds(sites, "pub", 5)
     o.steps, o.batch_size, o.missing = 4, 8, 0.0
