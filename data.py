@@ -92,6 +92,9 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", stati
     Archives are parsed once and kept under `cache` (None: not), keyed on this code and on every
     file's path, size and time. static_only: without weather, and also the sites that have none.
     """
+    if spec == "synthetic" and target in ("height", "landcover"):
+        image, y = synthetic_tiles(target, seed)
+        return assemble([*blocks("synthetic", image, **{target: y})], target)
     if spec == "synthetic":
         sites = synthetic_world(seed, *(60, 3) if quick else (700, 6), target)
         bare = dict(forcing=sites.forcing[:, :1] * np.nan, dates=sites.dates[:1])
@@ -234,13 +237,14 @@ def assemble(records, target):
     """What the readers yield -> `Sites` on the union of dates and variables."""
     check(records, "no site found")
     ids, files, attributes, series = zip(*records)
-    known = {name for a in attributes for name in a} - {"gauge_lat", "gauge_lon", "patch", target}
+    known = {name for a in attributes for name, value in a.items() if np.ndim(value) == 0}
+    known -= {"gauge_lat", "gauge_lon", target}
     static_names = tuple(sorted(known, key=[*STATIC, *sorted(known)].index))
     dynamic_names = tuple(n for n in DYNAMIC if any(n in s for s in series)) or ("precipitation",)
-    table = np.array([[a.get(n, np.nan) for n in ("gauge_lat", "gauge_lon", target, *static_names)]
+    table = np.array([[a.get(n, np.nan) for n in ("gauge_lat", "gauge_lon", *static_names)]
                       for a in attributes], np.float32)
-    ends = [day for s in series for dates, _ in s.values() if len(dates)
-            for day in (dates.min(), dates.max())]
+    ends = [day for s in series for days, _ in s.values() if len(days)
+            for day in (days.min(), days.max())]
     dates = np.arange(min(ends, default=0), max(ends, default=0) + 1, dtype="datetime64[D]")
     daily = np.full((len(ids), len(dates), len(dynamic_names) + 1), np.nan, np.float32)
     twice = [f"{file}: site {i}" for file, i in zip(files, ids) if ids.count(i) > 1]
@@ -252,10 +256,11 @@ def assemble(records, target):
             days, values = series[i].get(name, (dates[:0], ()))
             check(len(np.unique(days)) == len(days), f"{place} has the same date twice")
             daily[i, (days - dates[0]).astype(int), c] = values
+    per_site = [a.get(target, np.nan) for a in attributes]      # a value, or a map
     latlon = np.stack([table[:, 0], (table[:, 1] + 180) % 360 - 180], 1)        # (N, 2)
-    per_site = not np.isnan(table[:, 2]).all()
-    return Sites(np.array(ids), latlon, table[:, 3:], daily[..., :-1],
-                 table[:, 2] if per_site else daily[..., -1], dates, static_names, dynamic_names,
+    return Sites(np.array(ids), latlon, table[:, 2:], daily[..., :-1],
+                 np.array(per_site, np.float32) if any(target in a for a in attributes)
+                 else daily[..., -1], dates, static_names, dynamic_names,
                  np.array([a.get("patch", ()) for a in attributes], np.float32),
                  np.empty((len(ids), 0), np.float32))
 
@@ -483,10 +488,6 @@ def on_sphere(latlon):
     return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], 1)
 
 
-READERS = {"caravan": read_caravan, "camels": read_camels, "ismn": read_ismn,
-           "wosis": read_wosis, "landslide": read_landslide, "alphaearth": read_alphaearth}
-
-
 def extraterrestrial_radiation(lat, doy):
     """Radiation at the top of the atmosphere in MJ/m2/d, lat in degrees (FAO-56 eq. 21)."""
     phi, angle = np.deg2rad(lat), 2 * np.pi * doy / 365
@@ -539,36 +540,57 @@ def read_scenes(folder):
     return dates[order].astype("datetime64[D]"), 10_000 * scenes[order], clear[order]
 
 
-def load_tiles(spec, task, seed=0):
-    """An image (C, H, W) and its map (H, W) of heights in m or of classes, NaN = unlabelled.
+def read_s2(folder):
+    """Blocks of the clear scenes of read_scenes, with their height (`dem`, m) and land cover.
 
-    spec: synthetic; s2:DIR, the clear scenes of read_scenes with `dem` or `lulc`; or tiles:DIR with
-    x.npy and y.npy, where x in int8 is AlphaEarth's quantised form.
+    The classes of `lulc` that cover at least 100 pixels are renumbered from 0, others left out.
     """
-    kind, _, folder = spec.partition(":")
-    if kind == "synthetic":
-        return synthetic_tiles(task, seed)
-    check(kind in ("s2", "tiles"), f"data '{spec}': expected synthetic, s2:DIR or tiles:DIR")
-    if kind == "s2":
-        _, scenes, clear = read_scenes(folder)
-        x = normalize_s2(scenes[clear.all((1, 2))]).transpose(0, 3, 1, 2)       # (T, 9, H, W)
-        with np.load(one_file(Path(folder), "*.npz")) as z:
-            y = z["dem" if task == "height" else "lulc"].astype(np.float32)
-    else:
-        x, y = (np.load(one_file(Path(folder), name)) for name in ("x.npy", "y.npy"))
-        if x.dtype == np.int8:
-            x = np.sign(x) * (x / 127.5) ** 2
-    x = x.reshape(-1, *x.shape[-2:]).astype(np.float32)
-    check(x.shape[1:] == y.shape, f"{spec}: an image of {x.shape[1:]} and a map of {y.shape}")
-    if task == "landcover" and kind == "s2":    # its classes of at least 100 pixels, renumbered
-        names, count = np.unique(y[y > 0], return_counts=True)
-        y = np.where(np.isin(y, names := names[count >= 100]), np.searchsorted(names, y), np.nan)
-        print(f"{spec}: classes {names.astype(int)}, from now on 0 to {len(names) - 1}")
-    return x, y.astype(np.float32)
+    _, scenes, clear = read_scenes(folder)
+    image = normalize_s2(scenes[clear.all((1, 2))]).transpose(0, 3, 1, 2)       # (T, 9, H, W)
+    with np.load(path := one_file(folder, "*.npz")) as z:
+        check({"dem", "lulc"} <= {*z}, f"{path}: has only the arrays {[*z]}")
+        height, cover = z["dem"], z["lulc"]
+    names, count = np.unique(cover[cover > 0], return_counts=True)
+    names = names[count >= 100]
+    print(f"{path}: classes {names.astype(int)}, from now on 0 to {len(names) - 1}")
+    cover = np.where(np.isin(cover, names), np.searchsorted(names, cover), np.nan)
+    return blocks(path, image.reshape(-1, *image.shape[2:]), height=height, landcover=cover)
 
 
-def synthetic_tiles(task, seed=0, size=192):
-    """Terrain that rises to the east, four classes by height and wetness, as load_tiles.
+def read_tiles(folder):
+    """Blocks of an image x.npy (C, H, W), int8 as AlphaEarth's, and its map y.npy (H, W)."""
+    x, y = (np.load(one_file(folder, name)) for name in ("x.npy", "y.npy"))
+    if x.dtype == np.int8:
+        x = np.sign(x) * (x / 127.5) ** 2
+    return blocks(folder, x, height=y, landcover=y)
+
+
+def blocks(path, image, size=20, margin=10, **maps):
+    """Cut an image (C, H, W) and its maps (H, W) into blocks, each of which is a site.
+
+    Its patch shows a margin round the block too; there, and without data, the maps are NaN.
+    """
+    H, W = image.shape[1:]
+    pad = [(margin, margin + -length % size) for length in (H, W)]
+    image = np.pad(image, ((0, 0), *pad), mode="edge")
+    frame = np.pad(np.zeros((size, size), np.float32), margin, constant_values=np.nan)
+    for name, y in maps.items():
+        check(y.shape == (H, W), f"{path}: an image of {H} x {W} and a map of {y.shape}")
+        maps[name] = np.pad(y.astype(np.float32), pad, constant_values=np.nan)
+    for i, j in np.ndindex(-(-H // size), -(-W // size)):
+        at = tuple(slice(k * size, (k + 1) * size + 2 * margin) for k in (i, j))
+        known = {name: y[at] + frame for name, y in maps.items()}
+        known |= {"patch": image[(..., *at)], "gauge_lat": -0.002 * i, "gauge_lon": 0.002 * j}
+        yield f"block_{i:02d}_{j:02d}", path, known, {}
+
+
+READERS = {"caravan": read_caravan, "camels": read_camels, "ismn": read_ismn,
+           "wosis": read_wosis, "landslide": read_landslide, "alphaearth": read_alphaearth,
+           "s2": read_s2, "tiles": read_tiles}
+
+
+def synthetic_tiles(task, seed=0, size=200):
+    """Terrain that rises to the east, four classes by height and wetness: (C, H, W), (H, W).
 
     Seen as 64 embeddings that mix both (height), or as 9 bands in three seasons, a tenth of the
     pixels cloudy (landcover).
@@ -592,16 +614,6 @@ def synthetic_tiles(task, seed=0, size=192):
     seen[rng.random(seen.shape[:3]) < 0.1] = 1                                  # cloud
     return (seen.transpose(0, 3, 1, 2).reshape(27, size, size).astype(np.float32),
             classes.astype(np.float32))
-
-
-def block_folds(shape, kind, k, block=20, seed=0):
-    """Fold of each pixel, (H, W): "pub", blocks of so many pixels; "pur", strips west to east."""
-    check(kind in ("pub", "pur"), f"hold-out '{kind}': expected pub or pur")
-    rows, columns = np.indices(shape)
-    if kind == "pur":
-        return columns * k // shape[1]
-    blocks = rows // block * (shape[1] // block + 1) + columns // block
-    return (np.random.default_rng(seed).permutation(blocks.max() + 1) % k)[blocks]
 
 
 def folds(sites, kind, k, seed=0):

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 import data
 from eval import skill
 from model import Config, Dropout, DynamicWorld, StefaLand, UNet
-from train import (Windows, day_slice, descend, fit_scaling, learning_rate, option, parse, setup,
-                   tile)
+from train import (Windows, day_slice, descend, fit_scaling, learning_rate, option, parse, scale,
+                   setup, tile)
 
 
 @dataclass
@@ -60,23 +60,40 @@ class Options:
     lr: float = option(2e-3, "peak learning rate")
     dropout: float = option(0.2, "before the head and before its output")
     warmup: int = option(120, "first days of a window that are not scored")
-    buffer: int = option(4, "pixels round the test fold not learned from (landcover, height)")
+    buffer: int = option(2, "pixels at the edge of a block not learned from (landcover, height)")
     cache_gb: float = option(4.0, "encoded windows beyond this go to a memory map on disk")
     allow_overlap: bool = option(False, "test on sites the checkpoint has seen; the run says so")
     device: str = option("", "cuda, cpu …; empty: cuda if there is one")
     quick: bool = option(False, "the same path in under a minute, nothing learned")
 
 
-TASKS = {  # head, target -> what is learned, and back, the models compared by default
+def same(y):
+    """What is learned without being transformed."""
+    return y
+
+
+def squared(guess, truth):
+    return (guess - truth).square()
+
+
+def binary(guess, truth):
+    return F.binary_cross_entropy_with_logits(guess, truth, reduction="none")
+
+
+def classes(guess, truth):
+    return F.cross_entropy(guess, truth.long(), reduction="none")
+
+
+TASKS = {  # head, target -> what is learned, outputs -> target, loss, models compared by default
     "streamflow": ("lstm", lambda y: np.sqrt(np.maximum(y, 0)), lambda y: np.maximum(y, 0) ** 2,
-                   "resconn,lstm"),
-    "soil_moisture": ("lstm", np.array, np.array, "resconn,lstm"),
-    "soil": ("mlp", np.array, np.array, "resconn,mlp,glm"),
-    "landslide": ("cnn", np.array, lambda y: 1 / (1 + np.exp(-y)), "resconn,cnn,glm"),
-    "landcover": ("tiles", None, None, "unet,pixel"),
-    "height": ("tiles", None, None, "unet,unet++,pixel"),
+                   squared, "resconn,lstm"),
+    "soil_moisture": ("lstm", same, same, squared, "resconn,lstm"),
+    "soil": ("mlp", same, same, squared, "resconn,mlp,glm"),
+    "landslide": ("cnn", same, lambda y: 1 / (1 + np.exp(-y)), binary, "resconn,cnn,glm"),
+    "landcover": ("map", same, lambda y: y.argmax(1), classes, "unet,pixel"),
+    "height": ("map", same, same, squared, "unet,unet++,pixel"),
 }
-IMAGE_NETS = {  # of tiles: channels in and out -> network
+IMAGE_NETS = {  # variants of the last two: channels in and out -> network
     "unet": lambda c, k: UNet(c, k, width=16),
     "unet++": lambda c, k: UNet(c, k, nested=True, width=16),
     "dynamicworld": DynamicWorld,
@@ -260,47 +277,51 @@ def hide_groups(sites, at, share, rng):
     return replace(sites, static=static)
 
 
-def run(o, variant, sites, fold_of, fold, seed):
-    """Train one model on one fold. Returns what the run's file holds."""
-    device, began, rng = setup(o.device)[2], time.time(), np.random.default_rng([seed, fold])
-    torch.manual_seed(seed)
-    use, (_, forth, back, _) = VARIANTS[variant][0], TASKS[o.task]
-    training, validation, test = choose_sites(o, sites, fold_of, fold, rng)
-    sites, daily = hide_groups(sites, test, o.missing, rng), sites.target.ndim == 2
-    past, future = slice(0, 1), slice(0, 1)
-    if daily:
-        past = day_slice(o.train_period, sites.dates, (0, 0.6))
-        future = day_slice(o.test_period, sites.dates, (0.6, 1))
+def goal(sites, task, training, past):
+    """What is learned, (N, T); weigh(site, truth): weight of each value; (centre, spread), to undo.
 
-    # inputs: windows on the head's own scaling, and what the frozen encoder makes of its own
-    scaling = {"forcing": fit_scaling(sites.forcing[training, past]),
-               "static": fit_scaling(sites.static[fold_of != fold])}
-    overlap, length, wide = 0, min(365, len(sites.dates)), sites.vectors.shape[1]
-    if use in ("frozen", "random", "direct"):
-        path = (o.checkpoint or f"{o.out}/pretrained.pt").replace("{fold}", str(fold))
-        encoder, saved, view = load_encoder(path, sites, device)
-        overlap = len({*map(data.gauge, sites.ids[test])} & {*map(data.gauge, saved["ids"])})
-        if overlap and not o.allow_overlap:
-            raise ValueError(f"{path} has seen {overlap} of the {len(test)} test sites; pretrain "
-                             f"with --holdout {o.holdout} --folds {o.folds} --fold {fold}")
-        length, wide = encoder.config.max_days, encoder.config.d_model
-        inputs = Windows(view, saved["scaling"], length)
-    if daily and length <= o.warmup:
-        raise ValueError(f"windows of {length} days, of which --warmup {o.warmup} are not scored")
-    span, warmup = (length, o.warmup) if daily else (1, 0)
-    windows, patches = Windows(sites, scaling, span), torch.from_numpy(sites.patches)
-    sets = {key: tile(chosen, days, span, warmup) for key, chosen, days in (
-        ("training", training, past), ("validation", validation, past), ("test", test, future))}
-    coded = {key: encode_windows(encoder, inputs, *windows_of, daily, o)
-             for key, windows_of in sets.items() if use == "frozen"}
-    vectors = torch.from_numpy(sites.vectors).nan_to_num()
-    model = widen(encoder) if use == "direct" else Predictor(variant, o.task, sites, wide, o)
+    Errors of a series are weighted as in the NSE, those of a class by how rare it is.
+    """
+    _, forth, _, error, _ = TASKS[task]
+    observed, centre, spread = sites.target.reshape(len(sites.ids), -1), 0.0, 1.0
+    learned, weight = forth(observed), torch.ones(len(observed), 1)
+    if error is squared:
+        centre, spread = np.nanmean(learned[training, past]), np.nanstd(learned[training, past])
+    if sites.target.ndim == 2:
+        deviation = np.nanstd(learned[training, past], 1, keepdims=True) / spread
+        weight[training] = torch.from_numpy(1 / (deviation + 0.1) ** 2).float() # (sites, 1)
+    learned = torch.from_numpy((learned - centre) / spread).float()
+    weigh = lambda site, truth: weight[site].expand(truth.shape)
+    if error is classes:
+        label = learned[training][~learned[training].isnan()].long()
+        rarity = len(label) / label.bincount(minlength=int(np.nanmax(observed)) + 1).clamp(min=1)
+        weigh = lambda site, truth: rarity[truth.long()] / len(rarity)
+    return learned, weigh, (centre, spread)
+
+
+def prepare(o, variant, sites, windows, sets, encoder, inputs):
+    """A model, and predict(key, i, patch): its output (B, L) for the windows i of the set `key`.
+
+    windows, inputs: the sites as the head and as the encoder read them. Classes: (B, kinds, L).
+    """
+    device, daily = setup(o.device)[2], sites.target.ndim == 2
+    if variant in IMAGE_NETS:
+        kinds = int(np.nanmax(sites.target)) + 1 if o.task == "landcover" else 1
+        model = IMAGE_NETS[variant](sites.patches.shape[1], kinds).to(device)
+        return model, lambda key, i, patch: model(patch.to(device)).flatten(2).squeeze(1)
+    use, vectors = VARIANTS[variant][0], torch.from_numpy(sites.vectors).nan_to_num()
+    if use == "frozen":
+        coded = {key: encode_windows(encoder, inputs, *x, daily, o) for key, x in sets.items()}
+    if use == "direct":
+        model = widen(encoder)
+    else:
+        wide = encoder.config.d_model if encoder else vectors.shape[1]
+        model = Predictor(variant, o.task, sites, wide, o)
     if use == "random":
         model.encoder = StefaLand(encoder.config)
-    model = model.to(device)
+    model.to(device)
 
-    def predict(key, i):
-        """Output (B, L) for the windows i of a set."""
+    def predict(key, i, patch):
         site, start = (x[i] for x in sets[key])
         if use in ("random", "direct"):
             batch = [x.to(device) for x in inputs.get(site, start)]
@@ -312,53 +333,104 @@ def run(o, variant, sites, fold_of, fold, seed):
                    "vectors": lambda: vectors[site][:, None].expand(-1, 2, -1)}[use]()
         forcing, static, *_ = windows.get(site, start)
         return model(*(x if x is None else x.to(device)
-                       for x in (encoded, forcing, static, patches[site])))
+                       for x in (encoded, forcing, static, patch)))
 
-    # target: transformed, standardised; its errors weighted as in NSE, per site
-    observed = sites.target.reshape(len(sites.ids), -1)                         # (N, T) or (N, 1)
-    learned = forth(observed)
-    centre, spread = np.nanmean(learned[training, past]), np.nanstd(learned[training, past])
-    if (classes := o.task == "landslide"):                  # 0 and 1, learned as they are
-        centre, spread = 0.0, 1.0
-    weight = np.ones((len(observed), 1), np.float32)
+    return model, predict
+
+
+def crop(truth, patch, buffer, rng, size=32):
+    """A random part of a batch of maps (B, H W) and patches (B, K, H, W), turned and flipped.
+
+    Pixels nearer than `buffer` to the edge of their block are not learned from.
+    """
+    truth = truth.view(-1, 1, *patch.shape[2:])                                 # (B, 1, H, W)
+    near = F.max_pool2d(truth.isnan().float(), 2 * buffer + 1, 1, buffer) > 0
+    both = torch.cat([truth.masked_fill(near, torch.nan), patch], 1)
+    i, j = rng.integers(patch.shape[-1] - size + 1, size=2)
+    both = both[..., i:i + size, j:j + size].rot90(rng.integers(4), (2, 3))
+    both = both.flip(2) if rng.random() < 0.5 else both                         # (B, 1+K, 32, 32)
+    return both[:, 0].flatten(1), both[:, 1:]
+
+
+def run(o, variant, sites, fold_of, fold, seed):
+    """Train one model on one fold. Returns what the run's file holds."""
+    device, began, rng = setup(o.device)[2], time.time(), np.random.default_rng([seed, fold])
+    torch.manual_seed(seed)
+    training, validation, test = choose_sites(o, sites, fold_of, fold, rng)
+    sites, daily = hide_groups(sites, test, o.missing, rng), sites.target.ndim == 2
+    observed = sites.target.reshape(len(sites.ids), -1)     # (N, T); T = 1, or the pixels of a map
+    past = future = slice(0, observed.shape[1])
     if daily:
-        weight[training, 0] = 1 / (np.nanstd(learned[training, past], 1) / spread + 0.1) ** 2
-    weight = torch.from_numpy(weight).to(device)
-    target = torch.from_numpy((learned - centre) / spread).float().unfold(1, span, 1)
+        past = day_slice(o.train_period, sites.dates, (0, 0.6))
+        future = day_slice(o.test_period, sites.dates, (0.6, 1))
+    target, weigh, (centre, spread) = goal(sites, o.task, training, past)
+    scaling = {"forcing": fit_scaling(sites.forcing[training, past]),
+               "static": fit_scaling(sites.static[fold_of != fold])}
+    maps = np.moveaxis(sites.patches, 1, -1)                                    # (N, H, W, K)
+    if maps.size:
+        maps = scale(maps, fit_scaling(maps[training]))
+    patches = torch.from_numpy(np.moveaxis(maps, -1, 1))                        # (N, K, H, W)
+
+    encoder, inputs, overlap, length = None, None, 0, min(365, len(sites.dates))
+    if VARIANTS.get(variant, [""])[0] in ("frozen", "random", "direct"):
+        path = (o.checkpoint or f"{o.out}/pretrained.pt").replace("{fold}", str(fold))
+        encoder, saved, view = load_encoder(path, sites, device)
+        overlap = len({*map(data.gauge, sites.ids[test])} & {*map(data.gauge, saved["ids"])})
+        if overlap and not o.allow_overlap:
+            raise ValueError(f"{path} has seen {overlap} of the {len(test)} test sites; pretrain "
+                             f"with --holdout {o.holdout} --folds {o.folds} --fold {fold}")
+        length = encoder.config.max_days
+        inputs = Windows(view, saved["scaling"], length)
+    if daily and length <= o.warmup:
+        raise ValueError(f"windows of {length} days, of which --warmup {o.warmup} are not scored")
+    span, warmup = (length, o.warmup) if daily else (observed.shape[1], 0)
+    windows = Windows(sites, scaling, span if daily else 1)
+    sets = {key: tile(chosen, days, span, warmup) for key, chosen, days in (
+        ("training", training, past), ("validation", validation, past), ("test", test, future))}
+    model, predict = prepare(o, variant, sites, windows, sets, encoder, inputs)
+    _, _, back, error, _ = TASKS[o.task]
 
     def simulate(key, chosen, days):
-        """Observed and simulated values of some sites, (sites, days) each."""
+        """Observed and simulated values of some sites, (sites, days) each; of maps, each pixel."""
         result = np.full(observed.shape, np.nan, np.float32)
         site, start = sets[key]
         late_first = np.argsort(-start, kind="stable")      # warmed-up days overwrite the others
         model.eval()
         with torch.no_grad():
             for i in np.array_split(late_first, len(site) // 128 + 1):
-                for j, y in zip(i, back(predict(key, i).cpu().numpy() * spread + centre)):
+                out = predict(key, i, patches[site[i]]).cpu().numpy()
+                for j, y in zip(i, back(out * spread + centre)):
                     skip = warmup if start[j] else 0
                     result[site[j], start[j] + skip:start[j] + span] = y[skip:]
         model.train()
-        return observed[chosen, days], result[chosen, days]
+        obs, sim = observed[chosen, days], result[chosen, days]
+        known = ~np.isnan(obs)
+        return (obs[known, None], sim[known, None]) if variant in IMAGE_NETS else (obs, sim)
 
     def loss():
         i = rng.choice(len(sets["training"][0]), o.batch_size)
         site, start = (x[i] for x in sets["training"])
-        truth = target[site, start].to(device)                                  # (B, L)
-        scored = ~truth.isnan()
+        truth, patch = target.unfold(1, span, 1)[site, start], patches[site]    # (B, L)
+        if variant in IMAGE_NETS:
+            truth, patch = crop(truth, patch, o.buffer, rng)
+        scored, truth = ~truth.isnan(), truth.nan_to_num()
         scored[:, :warmup] = False
-        guess, truth = predict("training", i)[scored], truth[scored]
-        if classes:
-            return F.binary_cross_entropy_with_logits(guess, truth)
-        return ((guess - truth).square() * weight[site].expand(scored.shape)[scored]).mean()
+        errors = error(predict("training", i, patch), truth.to(device))         # (B, L)
+        return (errors * weigh(site, truth).to(device))[scored.to(device)].mean()
 
     best, seconds = fit(model, o, loss, lambda: skill(*simulate("validation", validation, past)))
     obs, sim = simulate("test", test, future)
+    scores, owner = {"test": skill(obs, sim)}, test         # owner: the site of each row
+    if variant in IMAGE_NETS:
+        scores["training"] = skill(*simulate("training", training, past))
+        owner = test[np.nonzero(~np.isnan(observed[test]))[0]]
     epoch = seconds / o.steps * len(sets["training"][0]) / o.batch_size
     print(f"fold {fold} seed {seed} {variant:<10} {len(training)} + {len(validation)} sites, "
-          f"validation {best:.3f}; test "
-          + ", ".join(f"{name} {value:.3f}" for name, value in [*skill(obs, sim).items()][:3])
+          f"validation {best:.3f}; "
+          + "; ".join(f"{key} " + ", ".join(f"{k} {v:.3f}" for k, v in [*s.items()][:3])
+                      for key, s in scores.items())
           + f"; {epoch:.1f} s an epoch, {time.time() - began:.0f} s in all", flush=True)
-    return dict(ids=sites.ids[test], latlon=sites.latlon[test], dates=sites.dates[future],
+    return dict(ids=sites.ids[owner], latlon=sites.latlon[owner], dates=sites.dates[future],
                 obs=obs, sim=sim, overlap=overlap, validation=best)
 
 
@@ -382,82 +454,18 @@ def fit(model, o, loss, scores):
     return best, seconds
 
 
-def run_tiles(o, variant, tiles, fold_of, fold, seed, crop=32):
-    """Train an image network on one fold of the pixels. Returns what the run's file holds.
-
-    Pixels nearer than --buffer to the test fold are not learned from; the next fold validates.
-    """
-    device, began, rng = setup(o.device)[2], time.time(), np.random.default_rng([seed, fold])
-    torch.manual_seed(seed)
-    x, y = tiles                                                                # (C, H, W), (H, W)
-    near = torch.from_numpy(fold_of == fold).float()[None]
-    near = F.max_pool2d(near, 2 * o.buffer + 1, 1, o.buffer)[0].numpy() > 0
-    known, classes = ~np.isnan(y), int(np.nanmax(y)) + 1 if o.task == "landcover" else 0
-    validation = known & ~near & (fold_of == (fold + 1) % o.folds)
-    training = known & ~near & ~validation
-    test = known & (fold_of == fold)
-    x = (x - x[:, training].mean(1)[:, None, None]) / (x[:, training].std(1)[:, None, None] + 1e-6)
-    centre, spread = (0.0, 1.0) if classes else (y[training].mean(), y[training].std())
-    count = np.bincount(y[training].astype(int), minlength=classes) if classes else np.ones(1)
-    weight = torch.tensor(len(y[training]) / count.clip(1), dtype=torch.float32, device=device)
-    pad = [-size % 8 for size in y.shape]
-    image = np.pad(x, ((0, 0), (0, pad[0]), (0, pad[1])), mode="edge")
-    goal = np.pad(np.where(training, (y - centre) / spread, np.nan),
-                  ((0, pad[0]), (0, pad[1])), constant_values=np.nan)
-    both = torch.from_numpy(np.concatenate([image, goal[None]]).astype(np.float32))
-    model = IMAGE_NETS[variant](len(x), classes or 1).to(device)
-
-    def simulate():                                         # (H, W)
-        model.eval()
-        with torch.no_grad():
-            out = model(both[None, :-1].to(device))[0].cpu().numpy()
-        model.train()
-        out = out.argmax(0) if classes else out[0] * spread + centre
-        return out[:y.shape[0], :y.shape[1]].astype(np.float32)
-
-    def loss():
-        batch = []
-        for _ in range(o.batch_size):                       # crops, flipped and turned
-            i, j = (rng.integers(size - crop + 1) for size in both.shape[1:])
-            part = both[:, i:i + crop, j:j + crop].rot90(rng.integers(4), (1, 2))
-            batch.append(part.flip(1) if rng.random() < 0.5 else part)
-        batch = torch.stack(batch).to(device)                                   # (B, C+1, 32, 32)
-        out, truth = model(batch[:, :-1]), batch[:, -1]
-        seen, truth = ~truth.isnan(), truth.nan_to_num()
-        if classes:
-            losses = F.cross_entropy(out, truth.long(), weight, reduction="none") * seen
-            return losses.sum() / (weight[truth.long()] * seen).sum().clamp(min=1e-6)
-        return ((out[:, 0] - truth).square() * seen).sum() / seen.sum().clamp(min=1)
-
-    best, seconds = fit(model, o, loss, lambda: skill(y[validation, None],
-                                                      simulate()[validation, None]))
-    result = simulate()
-    for name, where in ("train", training), ("test", test):
-        scores = skill(y[where, None], result[where, None])
-        print(f"fold {fold} seed {seed} {variant:<12} {where.sum()} {name} pixels: " + ", ".join(
-            f"{key} {value:.3f}" for key, value in scores.items()), flush=True)
-    print(f"{seconds / o.steps:.2f} s a step, {time.time() - began:.0f} s in all")
-    ids = np.flatnonzero(test).astype(str)
-    return dict(ids=ids, latlon=np.argwhere(test), dates=np.arange(1), obs=y[test, None],
-                sim=result[test, None], overlap=0, validation=best)
-
-
 def main(argv=None):
     o = parse(Options, __doc__, argv)
-    known = IMAGE_NETS if TASKS.get(o.task, "-")[0] == "tiles" else VARIANTS
-    for given, known in [(o.task, TASKS), *((v, known) for v in o.model.split(",") if v),
-                         (o.adapter, ADAPTERS)]:
-        if given not in known:
-            raise ValueError(f"'{given}': expected one of {', '.join(known)}")
+    data.check(o.task in TASKS, f"--task '{o.task}': expected one of {', '.join(TASKS)}")
     o.model = o.model or TASKS[o.task][-1]
+    known = IMAGE_NETS if TASKS[o.task][0] == "map" else VARIANTS
+    for name, known in [(o.adapter, ADAPTERS), *((name, known) for name in o.model.split(","))]:
+        data.check(name in known, f"'{name}': expected one of {', '.join(known)}")
     if o.quick:
         o.steps, o.batch_size = min(o.steps, 10), 8
-    target, tiles = "streamflow" if o.task == "soil" else o.task, TASKS[o.task][0] == "tiles"
-    if tiles:
-        sites = data.load_tiles(o.data, o.task)
-    else:
-        sites = data.load(o.data, target, cache=Path(o.out) / "cache", static_only=o.static_only,
-                          quick=o.quick)
+    target = "streamflow" if o.task == "soil" else o.task
+    sites = data.load(o.data, target, cache=Path(o.out) / "cache", static_only=o.static_only,
+                      quick=o.quick)
     if o.task == "soil":
         sites = predict_attribute(sites, o.target)
     if o.vectors:
@@ -466,9 +474,7 @@ def main(argv=None):
         f", {key} {getattr(o, key)}" for key in ("target", "recut", "missing", "labelled")
         if getattr(o, key) != getattr(Options, key) or key == "target" and o.task == "soil")
     for seed in range(o.seed, o.seed + o.seeds):
-        cut = seed if o.recut else 0
-        fold_of = (data.block_folds(sites[1].shape, o.holdout, o.folds, seed=cut) if tiles
-                   else data.folds(sites, o.holdout, o.folds, cut))
+        fold_of = data.folds(sites, o.holdout, o.folds, seed if o.recut else 0)
         for fold in range(o.folds) if o.fold == "all" else map(int, o.fold.split(",")):
             for variant in o.model.split(","):
                 changed = [getattr(o, key) for key in ("adapter", "residual", "tokens")
@@ -480,7 +486,7 @@ def main(argv=None):
                 if path.exists() and str(np.load(path)["settings"]) == settings:
                     print(f"{path}: done before")
                     continue
-                arrays = (run_tiles if tiles else run)(o, variant, sites, fold_of, fold, seed)
+                arrays = run(o, variant, sites, fold_of, fold, seed)
                 data.write_atomically(path, lambda file: np.savez_compressed(
                     file, settings=settings, **arrays))
 

@@ -366,13 +366,24 @@ def test_unet_and_unet_plus_plus():
 
 
 def test_image_tasks_learn_and_hold_out_blocks():
-    fold = data.block_folds((100, 60), "pub", 5)
-    assert (fold[:20, :20] == fold[0, 0]).all() and set(fold.ravel()) == set(range(5))
+    image, y = np.arange(2 * 30 * 50).reshape(2, 30, 50), np.ones((30, 50))
+    blocks = [known for _, _, known, _ in data.blocks("x", image, y=y)]
+    assert sum(np.nansum(known["y"]) for known in blocks) == 30 * 50 and len(blocks) == 2 * 3
+    inside = blocks[4]["patch"][:, 10:20, 10:30], image[:, 20:30, 20:40]
+    assert np.array_equal(*inside) and np.isnan(blocks[4]["y"][:, :10]).all()
+    truth, patch = torch.full((3, 40, 40), nan), torch.arange(1600.0).expand(3, 1, -1)
+    truth[:, 10:30, 10:30] = patch.view(3, 40, 40)[:, 10:30, 10:30]
+    for seed in range(9):                                   # turned together, less their edges
+        out, seen = finetune.crop(truth.flatten(1), patch.view(3, 1, 40, 40), 2,
+                                  np.random.default_rng(seed))
+        known = ~out.isnan()
+        assert (known.sum(1) == 16 * 16).all() and torch.equal(out[known], seen.flatten(1)[known])
     o = finetune.Options(task="height", steps=30, batch_size=8)
-    x, y = data.load_tiles("synthetic", "height")
-    fold = data.block_folds(y.shape, "pub", 5)
-    shifted = np.where(fold == 0, y + 999, y)               # unseen: nothing changes but the truth
-    runs = [finetune.run_tiles(o, "unet", (x, y), fold, 0, 0) for y in (y, shifted)]
+    sites = data.load("synthetic", "height")
+    fold, runs = data.folds(sites, "pub", 5), []
+    for _ in range(2):                                      # unseen: nothing changes but the truth
+        runs.append(finetune.run(o, "unet", sites, fold, 0, 0))
+        sites.target[fold == 0] += 999
     assert np.array_equal(runs[0]["sim"], runs[1]["sim"])
     assert evaluate.skill(runs[0]["obs"], runs[0]["sim"])["R2"] > 0.5
     labels, guess = np.array([[0], [1], [1], [2]]), np.array([[0], [1], [2], [2]])

@@ -212,7 +212,8 @@ def fit_scaling(values):
     Variables never negative and skewed (precipitation, areas) are scaled as log(1 + x); a
     variable that is missing everywhere gets NaN and stays missing.
     """
-    v = np.ma.masked_invalid(values).reshape(-1, np.shape(values)[-1]).astype(np.float64)
+    v = np.ma.masked_invalid(values).astype(np.float64)
+    v = v.reshape(math.prod(v.shape[:-1]), v.shape[-1])
     skew = (((v - v.mean(0)) / v.std(0)) ** 3).mean(0)
     log = ((v.min(0) >= 0) & (skew > 2)).filled(False)
     v = np.ma.where(log, np.log1p(np.ma.maximum(v, 0)), v)
