@@ -13,7 +13,7 @@ Axes: B sites in a batch, T days, C dynamic variables, S static attributes, D wi
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -43,28 +43,14 @@ class Config:
     p_always: float = 0.1          # chance that a dynamic group is hidden over the whole sample
     p_static: float = 0.3          # chance that a static group is hidden
     p_location: float = 0.6        # chance that the location is hidden
-    # in these the authors' release differs from the paper's text (StefaLand.from_release)
-    activation: str = "gelu"
-    scale_tokens: bool = False     # tokens times sqrt(D) before the encoder
-    extra_norms: bool = False      # LayerNorm after the encoder and after the LSTM
-    bidirectional: bool = True     # the decoder's LSTM reads both ways
+    # the authors' release where the paper's text differs: tokens times sqrt(D), no season, ReLU,
+    # LayerNorm after the encoder and after the LSTM, which reads forward only
+    release: bool = False
 
 
 PRESETS = {"small": dict(d_model=64, n_heads=4, n_layers=2, d_ff=128),
            "paper": dict(d_model=256, n_heads=4, n_layers=4, d_ff=512)}
 NEVER_HIDDEN = "context"
-RELEASE = {  # parameter of the authors' release (regular expression) -> ours
-    r"time_series_(embedding|projection)\.embeddings(\d)\.[^.]+\.(w|b)\w+": r"dynamic_\1.\3\2",
-    r"static_(embedding|projection)\.numerical_embeddings(\d)\.[^.]+\.(w|b)\w+": r"static_\1.\3\2",
-    r"time_series_embedding\.masked_values": "dynamic_embedding.mask_vector",
-    r"static_embedding\.masked_values": "static_embedding.mask_vector",
-    r"positional_encoding\.position_embedding": "position",
-    r"encoder\..*layers\.(\d+)\.self_attn\.in_proj_(\w+)": r"encoder.\1.qkv.\2",
-    r"encoder\..*layers\.(\d+)\.self_attn\.out_proj\.(\w+)": r"encoder.\1.out.\2",
-    r"encoder\..*layers\.(\d+)\.(linear|norm)(\d)\.(\w+)": r"encoder.\1.\2\3.\4",
-    r"enc_2_dec_embedding\.(\w+)": r"project.\1",
-    r"(encoder_norm|decoder|decoder_norm)\.(\w+)": r"\1.\2",
-}
 
 
 class StefaLand(nn.Module):
@@ -78,15 +64,15 @@ class StefaLand(nn.Module):
         self.dynamic_embedding = VariableEmbedding(n_dynamic, d, c.d_hidden)
         self.static_embedding = VariableEmbedding(n_static, d, c.d_hidden)
         self.location = LocationEncoding(c.degree, d) if c.degree >= 0 else None
-        self.season = nn.Linear(2, d, bias=False) if c.season else None
+        self.season = nn.Linear(2, d, bias=False) if c.season and not c.release else None
         self.position = nn.Parameter(0.02 * torch.randn(c.max_days + 1, d))
         self.dropout = Dropout(c.dropout)
         self.encoder = nn.ModuleList([EncoderLayer(c) for _ in range(c.n_layers)])
-        self.encoder_norm = nn.LayerNorm(d) if c.extra_norms else nn.Identity()
+        self.encoder_norm = nn.LayerNorm(d) if c.release else nn.Identity()
         self.project = Linear(d, d)
-        self.decoder = nn.LSTM(d, d // (1 + c.bidirectional), batch_first=True,
-                               bidirectional=c.bidirectional)
-        self.decoder_norm = nn.LayerNorm(d) if c.extra_norms else nn.Identity()
+        self.decoder = nn.LSTM(d, d if c.release else d // 2, batch_first=True,
+                               bidirectional=not c.release)
+        self.decoder_norm = nn.LayerNorm(d) if c.release else nn.Identity()
         self.dynamic_projection = VariableProjection(n_dynamic, d, c.d_hidden)
         self.static_projection = VariableProjection(n_static, d, c.d_hidden)
 
@@ -112,7 +98,7 @@ class StefaLand(nn.Module):
         None = not given. ValueError on a wrong number of variables or too long a window.
         """
         x = self.embed(forcing, static, latlon, day_of_year, hidden)
-        if self.config.scale_tokens:
+        if self.config.release:
             x = x * math.sqrt(x.shape[-1])
         for layer in self.encoder:
             x = layer(x)
@@ -141,27 +127,24 @@ class StefaLand(nn.Module):
     def draw_masks(self, B, T, generator=None):
         """Hide whole groups (CVGM, A.2): bool (B, T, C) dynamic, (B, S) static, (B,) location."""
         c, device = self.config, self.position.device
+        uniform = partial(torch.rand, generator=generator, device=device)
 
-        def one_hot(groups):                                # (groups, variables), context left out
-            order = [*dict.fromkeys(groups)]
-            return torch.tensor([[g == row != NEVER_HIDDEN for g in groups] for row in order],
-                                dtype=torch.float, device=device).view(len(order), len(groups))
-
-        def uniform(*shape):
-            return torch.rand(*shape, generator=generator, device=device)
+        def draw(groups, chance, *shape):                   # variables of a group fall together
+            names = [*dict.fromkeys(groups)]
+            chances = [0.0 if name == NEVER_HIDDEN else chance for name in names]
+            drawn = uniform(*shape, len(names)) < torch.tensor(chances, device=device)
+            return drawn[..., [names.index(group) for group in groups]]         # (*shape, V)
 
         low, high = (min(days, T) for days in c.window_days)
         length = low + (uniform(B, c.windows) * (high - low + 1)).long()        # (B, windows)
         start = (uniform(B, c.windows) * (T - length + 1)).long()
         day = torch.arange(T, device=device)[:, None]
         inside = (day >= start[:, None]) & (day < (start + length)[:, None])    # (B, T, windows)
-        dynamic = one_hot(c.dynamic_groups or c.dynamic_names)
-        static = one_hot(c.static_groups or c.static_names)
-        drawn = uniform(B, c.windows, len(dynamic)) < c.p_dynamic           # (B, windows, groups)
-        always = uniform(B, 1, len(dynamic)) < c.p_always                   # (B, 1, groups)
-        hide_dynamic = (inside.float() @ drawn.float() + always) @ dynamic > 0  # (B, T, C)
-        hide_static = (uniform(B, len(static)) < c.p_static).float() @ static > 0
-        return hide_dynamic, hide_static, uniform(B) < c.p_location
+        dynamic, static = c.dynamic_groups or c.dynamic_names, c.static_groups or c.static_names
+        drawn = draw(dynamic, c.p_dynamic, B, c.windows)                        # (B, windows, C)
+        always = draw(dynamic, c.p_always, B, 1)                                # (B, 1, C)
+        hide_dynamic = (inside.float() @ drawn.float() > 0) | always            # (B, T, C)
+        return hide_dynamic, draw(static, c.p_static, B), uniform(B) < c.p_location
 
     @classmethod
     def from_release(cls, state, heads):
@@ -172,30 +155,31 @@ class StefaLand(nn.Module):
         """
         theirs = {}                                         # our name -> {their key: value}
         for key, value in state.items():
-            ours = [re.sub(pattern, name, key) for pattern, name in RELEASE.items()
-                    if re.fullmatch(pattern, key)] or ["not understood"]
-            theirs.setdefault(ours[0].replace("linear", "ff"), {})[key] = torch.as_tensor(value)
-        left_over = [*theirs.pop("not understood", ())]
+            name = key
+            for pattern, ours in RELEASE.items():
+                name = re.sub(pattern, ours, name)
+            theirs.setdefault(name, {})[key] = torch.as_tensor(value)
         values = {name: torch.cat([*parts.values()], dim=int(name.endswith("embedding.w2")))
                   for name, parts in theirs.items()}
-        names = [tuple(key.split(".")[-2] for key in theirs[kind + "_embedding.w1"])
+        names = [tuple(key.split(".")[2] for key in theirs[kind + "_embedding.w1"])
                  for kind in ("dynamic", "static")]
         positions, d = values["position"].shape
         model = cls(Config(
             *names, d_model=d, d_ff=len(values["encoder.0.ff1.bias"]), n_heads=heads,
             n_layers=sum(name.endswith("qkv.bias") for name in values), max_days=positions - 1,
-            degree=-1, season=False, activation="relu", scale_tokens=True, extra_norms=True,
-            bidirectional=False))
-        own = model.state_dict()
+            degree=-1, release=True))
+        own = model.state_dict()                            # the tensors themselves, by name
         missing = sorted(own.keys() - values.keys())
+        left_over = [key for name in theirs.keys() - own.keys() for key in theirs[name]]
         if missing or left_over:
             raise ValueError(f"release state: missing {missing}, not understood {left_over}")
         mean = values.pop("static_embedding.mask_vector").mean(0)               # (S,)
-        own.update({name: value.reshape(own[name].shape) for name, value in values.items()})
-        model.load_state_dict(own)
-        e = model.static_embedding
-        h = F.gelu(mean[:, None] * e.w1 + e.b1)                                 # (S, hidden)
-        e.mask_vector.data = torch.einsum("sh,dsh->sd", h, e.w2.unflatten(1, h.shape)) + e.b2
+        for name, value in values.items():
+            own[name].copy_(value.reshape(own[name].shape))
+        # the tokens of the means: each attribute by itself, the others hidden by zeros
+        embedding, others = model.static_embedding, ~torch.eye(len(mean), dtype=torch.bool)
+        embedding.mask_vector.data.zero_()
+        embedding.mask_vector.data = embedding(mean.expand(others.shape), others).detach()
         return model
 
     def check(self, forcing, static):
@@ -209,6 +193,14 @@ class StefaLand(nn.Module):
                 (forcing.isnan().all() and static.isnan().all(), "every value is missing (NaN)")):
             if wrong:
                 raise ValueError(complaint)
+
+
+RELEASE = {  # part of a parameter's name in the authors' release (regular expression) -> ours
+    r"embeddings(\d)\.[^.]+\.(w|b)\w+": r"\2\1",           # of one variable; ours of all, joined
+    "numerical_": "", "time_series": "dynamic", "masked_values": "mask_vector",
+    "positional_encoding.position_embedding": "position", "enc_2_dec_embedding": "project",
+    "transformer_encoder.layers.": "", "self_attn.in_proj_": "qkv.", "self_attn.out_proj": "out",
+    "linear": "ff"}
 
 
 class VariableEmbedding(nn.Module):
@@ -249,10 +241,7 @@ class VariableProjection(nn.Module):
 
 
 class LocationEncoding(nn.Module):
-    """Where on the sphere: spherical harmonics -> small MLP, (B, 2) degrees -> (B, D).
-
-    NaN coordinates, and those in `hide`, become a learned "no location" vector.
-    """
+    """Where on the sphere: spherical harmonics -> small MLP, (B, 2) degrees -> (B, D)."""
 
     def __init__(self, degree, d_model):
         super().__init__()
@@ -261,7 +250,8 @@ class LocationEncoding(nn.Module):
                                  nn.Linear(d_model, d_model))
 
     def forward(self, latlon, hide=None):
-        unknown = latlon.isnan().any(-1)
+        """Coordinates that are NaN or in `hide` become a learned "no location" vector."""
+        unknown = latlon.isnan().any(-1)                                        # (B,)
         unknown = unknown if hide is None else unknown | hide
         basis = spherical_harmonics(latlon.nan_to_num(), self.degree) * math.sqrt(4 * math.pi)
         return torch.where(unknown[:, None], self.nowhere, self.mlp(basis.to(latlon.dtype)))
@@ -270,24 +260,21 @@ class LocationEncoding(nn.Module):
 def spherical_harmonics(latlon, degree):
     """Real orthonormal spherical harmonics of degrees 0..degree: (B, 2) -> (B, (degree+1)^2).
 
-    The normalised Legendre functions come from the recurrence in degree that is stable (Holmes and
-    Featherstone 2002, doi 10.1007/s00190-002-0216-2), in double precision.
+    In double precision, by the recurrence in degree, which is stable for normalised Legendre
+    functions (Holmes and Featherstone 2002, doi 10.1007/s00190-002-0216-2).
     """
     lat, lon = latlon.double().deg2rad().unbind(-1)
-    z, r = lat.sin(), lat.cos()
-    legendre = {(0, 0): torch.full_like(z, (4 * math.pi) ** -0.5)}
+    basis = [None] * (degree + 1) ** 2      # degree n: sines at n^2 + n - m, cosines at n^2 + n + m
+    first = torch.full_like(lat, (4 * math.pi) ** -0.5)     # Legendre function of degree m, order m
     for m in range(degree + 1):
-        if m > 0:
-            legendre[m, m] = math.sqrt((2 * m + 1) / (2 * m)) * r * legendre[m - 1, m - 1]
-        for n in range(m + 1, degree + 1):
-            a = math.sqrt((4 * n * n - 1) / (n * n - m * m))
-            b = math.sqrt(((n - 1) ** 2 - m * m) / (4 * (n - 1) ** 2 - 1))
-            legendre[n, m] = a * (z * legendre[n - 1, m] - b * legendre.get((n - 2, m), 0))
-    basis = []
-    for n in range(degree + 1):
-        basis += [math.sqrt(2) * legendre[n, m] * (m * lon).sin() for m in range(n, 0, -1)]
-        basis += [legendre[n, 0]]
-        basis += [math.sqrt(2) * legendre[n, m] * (m * lon).cos() for m in range(1, n + 1)]
+        below, legendre = 0, first                          # of degrees n - 1 and n
+        for n in range(m, degree + 1):
+            basis[n * n + n - m] = math.sqrt(2) * legendre * (m * lon).sin()
+            basis[n * n + n + m] = math.sqrt(2 if m else 1) * legendre * (m * lon).cos()
+            a = math.sqrt((4 * (n + 1) ** 2 - 1) / ((n + 1) ** 2 - m * m))
+            b = math.sqrt((n * n - m * m) / (4 * n * n - 1))
+            below, legendre = legendre, a * (lat.sin() * legendre - b * below)
+        first = math.sqrt((2 * m + 3) / (2 * m + 2)) * lat.cos() * first
     return torch.stack(basis, -1)                                               # (B, (degree+1)^2)
 
 
@@ -297,7 +284,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, self.heads, self.dropout = config.d_model, config.n_heads, Dropout(config.dropout)
-        self.activation = {"gelu": F.gelu, "relu": F.relu}[config.activation]
+        self.activation = F.relu if config.release else F.gelu
         self.qkv, self.out = Linear(d, 3 * d), Linear(d, d)
         self.ff1, self.ff2 = Linear(d, config.d_ff), Linear(config.d_ff, d)
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
@@ -352,48 +339,41 @@ def masked_loss(errors, counts):
 
 
 class DynamicWorld(nn.Module):
-    """Land cover of Sentinel-2 (doi 10.1038/s41597-022-01307-4): (B, 9, H, W) -> logits, as large.
-
-    Input as from data.normalize_s2; classes as in data.LAND_COVER. from_release: Google's weights.
-    """
+    """Land cover from Sentinel-2 (Brown et al. 2022, doi 10.1038/s41597-022-01307-4)."""
 
     def __init__(self, in_channels=9, out_channels=9):
         super().__init__()
         self.stem = unit(in_channels, 64, 3)
-        self.side = nn.Sequential(unit(64, 48, 1), unit(48, 48, 3, depthwise=True))
+        self.side = nn.Sequential(unit(64, 48, 1), unit(48, 48, 3, groups=48))
         self.blocks = nn.ModuleList([Block(64, 96), Block(96, 144), Block(192, 144)])
         self.output = nn.Conv2d(144, out_channels, 1)
 
     def forward(self, x):
+        """(B, 9, H, W) as from data.normalize_s2 -> logits of data.LAND_COVER, as large."""
         H, W = x.shape[-2:]
         half = F.interpolate(self.stem(x), (H // 2, W // 2), mode="bilinear", antialias=True)
-        x = torch.cat([self.blocks[1](self.blocks[0](half)), self.side(half)], 1)
+        x = torch.cat([self.blocks[1](self.blocks[0](half)), self.side(half)], 1)   # (B, 192, ..)
         x = F.interpolate(self.blocks[2](x), (H, W), mode="bilinear")           # (B, 144, H, W)
         return self.output(F.normalize(x, dim=1))
 
     @classmethod
     def from_release(cls, path):
-        """The released network from its folder, which holds variables/variables.data-…, float32.
-
-        Layers are stored in the order below; kernels (kh, kw, in, out), depthwise (kh, kw, C, 1).
-        """
+        """Google's released network from its folder with variables/variables.data-…, float32."""
         model = cls().eval()
-        first, second, third = model.blocks
-        layers = [
-            *model.stem, *first.units(5), *first.last_pair(), *second.units(5), *model.side[0],
-            *second.last_pair(), *model.side[1], *third.units(5), *third.last_pair(), model.output]
-        values = np.fromfile(Path(path, "variables/variables.data-00000-of-00001"), "<f4")
-        for layer in layers:
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                tensor = getattr(layer, name, None)
-                if tensor is not None:
-                    part, values = np.split(values, [tensor.numel()])
-                    if tensor.dim() == 4:
-                        out, into, *size = tensor.shape
-                        order = (2, 3, 0, 1) if into == 1 else (3, 2, 0, 1)
-                        shape = (*size, out, into) if into == 1 else (*size, into, out)
-                        part = part.reshape(shape).transpose(order)
-                    tensor.data.copy_(torch.from_numpy(part.copy()))
+        layers = [model.stem]                               # in the order of the file
+        for block in model.blocks:
+            side = [*model.side] if block is model.blocks[1] else []
+            (conv, norm, _), (shortcut, shortcut_norm, _) = block.path[5], block.shortcut
+            pair = [conv, shortcut, norm, shortcut_norm]
+            layers += [block.path[:5], *side[:1], *pair, *side[1:]]
+        tensors = nn.Sequential(*layers, model.output).state_dict().values()
+        with open(f"{path}/variables/variables.data-00000-of-00001", "rb") as file:
+            for tensor in tensors:
+                if tensor.dim() == 4:                       # kernels are stored kh, kw, in, out
+                    tensor = tensor.permute(2, 3, 1, 0)
+                if tensor.dim() > 0:                        # batch norm's counter is not stored
+                    values = np.fromfile(file, "<f4", tensor.numel())
+                    tensor.copy_(torch.from_numpy(values).view(tensor.shape))
         return model
 
 
@@ -402,25 +382,18 @@ class Block(nn.Module):
 
     def __init__(self, channels, width):
         super().__init__()
-        self.path = nn.Sequential(*(part for i in range(3) for part in (
-            unit(width if i else channels, width, 1), unit(width, width, 3, depthwise=True))))
+        self.path = nn.Sequential(
+            unit(channels, width, 1), unit(width, width, 3, groups=width),
+            unit(width, width, 1), unit(width, width, 3, groups=width),
+            unit(width, width, 1), unit(width, width, 3, groups=width))
         self.shortcut = unit(channels, width, 1)
 
     def forward(self, x):
         return self.path(x) + self.shortcut(x)
 
-    def units(self, n):
-        """The layers of the first n units of the path."""
-        return [layer for part in self.path[:n] for layer in part]
 
-    def last_pair(self):
-        """The layers of its last unit and of the shortcut, interleaved as the release has them."""
-        return [layer for pair in zip(self.path[5], self.shortcut) for layer in pair]
-
-
-def unit(channels, width, size, depthwise=False):
-    """Convolution -> batch norm -> Mish, height and width kept."""
-    groups = channels if depthwise else 1
+def unit(channels, width, size, groups=1):
+    """Convolution -> batch norm -> Mish, height and width kept; depthwise with groups = width."""
     conv = nn.Conv2d(channels, width, size, padding=size // 2, groups=groups)
     return nn.Sequential(conv, nn.BatchNorm2d(width, eps=1e-3), nn.Mish())
 
@@ -435,14 +408,15 @@ class UNet(nn.Module):
     def __init__(self, in_channels, out_channels, nested=False, width=32, depth=4):
         super().__init__()
         c, self.depth, self.nodes = [width * 2 ** i for i in range(depth)], depth, nn.ModuleDict()
-        for j in range(depth):
-            for i in range(depth - j):
-                skips = j if nested else 1
-                channels = skips * c[i] + c[i + 1] if j else c[i - 1] if i else in_channels
-                if j == 0 or nested or i + j == depth - 1:
-                    self.nodes[f"{i} {j}"] = nn.Sequential(*(
-                        part for n in (channels, c[i]) for part in (
-                            nn.Conv2d(n, c[i], 3, padding=1), nn.GroupNorm(8, c[i]), nn.GELU())))
+        for i, j in [(i, j) for j in range(depth) for i in range(depth - j)
+                     if nested or j == 0 or i + j == depth - 1]:
+            if j == 0:
+                channels = c[i - 1] if i else in_channels
+            else:
+                channels = (j if nested else 1) * c[i] + c[i + 1]
+            self.nodes[f"{i} {j}"] = nn.Sequential(
+                nn.Conv2d(channels, c[i], 3, padding=1), nn.GroupNorm(8, c[i]), nn.GELU(),
+                nn.Conv2d(c[i], c[i], 3, padding=1), nn.GroupNorm(8, c[i]), nn.GELU())
         self.output = nn.Conv2d(width, out_channels, 1)
 
     def forward(self, x):
