@@ -10,6 +10,7 @@ import csv
 import hashlib
 import os
 import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,26 +107,26 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", stati
             raise FileNotFoundError(f"data {kind}: no folder '{folder}'")
         key += [kind] + [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns)
                          for p in [Path(__file__), *sorted(Path(folder).rglob("*"))]]
-    path = Path(cache or "", hashlib.sha256(repr(key).encode()).hexdigest()[:16] + ".npz")
-    if cache and path.exists():
-        with np.load(path) as z:
-            sites = Sites(**{k: tuple(z[k].tolist()) if "names" in k else z[k] for k in z})
-    else:
-        sites = [site for kind, folder in sources for site in READERS[kind](Path(folder))]
+    path = Path(cache or "", hashlib.sha256(repr(key).encode()).hexdigest()[:16])
+    if not (cache and path.exists()):
+        records = [site for kind, folder in sources for site in READERS[kind](Path(folder))]
         if static_only:                     # each gauge once, and not those known by little
-            most = max(len(known) for _, _, known, _ in sites)
-            once = {gauge(site[0]): site for site in reversed(sites) if len(site[2]) > most / 2}
+            most = max(len(known) for _, _, known, _ in records)
+            once = {gauge(site[0]): site for site in reversed(records) if len(site[2]) > most / 2}
             kept = [(*site[:3], {}) for site in reversed(once.values())]
         else:
-            kept = [site for site in sites if site[3]] or sites
-        print(f"{spec}: {len(sites) - len(kept)} of {len(sites)} sites left out, they lack "
+            kept = [site for site in records if site[3]] or records
+        print(f"{spec}: {len(records) - len(kept)} of {len(records)} sites left out, they lack "
               + ("most attributes" if static_only else "a daily series"))
         sites = assemble(kept, target)
         if cache:
-            write_atomically(path, lambda file: np.savez(file, **vars(sites)))
+            save_arrays(path, vars(sites))
+    if cache:                               # what is not used stays on disk
+        arrays = {file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")}
+        sites = Sites(**{k: tuple(x.tolist()) if "names" in k else x for k, x in arrays.items()})
     print(f"{spec}: {len(sites.ids)} sites, {sites.dates[0]} to {sites.dates[-1]}; daily "
           f"{', '.join(sites.dynamic_names)}; {len(sites.static_names)} attributes, "
-          f"{np.isnan(sites.static).mean():.0%} of their values missing")
+          f"{np.isnan(sites.static).sum()} of {sites.static.size} values missing")
     return sites
 
 
@@ -661,6 +662,18 @@ def gauge(site):
 def day_of_year(dates):
     """(T,) dates -> 1..366."""
     return (dates - dates.astype("datetime64[Y]")).astype(int) + 1
+
+
+def save_arrays(folder, arrays):
+    """Write a file name.npy for each array into a folder that appears when all are there."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        np.save(temporary / name, array)
+    try:
+        os.rename(temporary, folder)
+    except OSError:                         # another process was first
+        shutil.rmtree(temporary)
 
 
 def write_atomically(path, write):
