@@ -7,9 +7,9 @@
 
 import json
 import math
-import time
 from collections import defaultdict
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,8 @@ from model import DynamicWorld
 from train import option, parse
 
 BASELINES = ("lstm", "mlp", "cnn", "pixel")
-COLOURS = ("#419bdf", "#397d49", "#88b053", "#7a87c6", "#e49635", "#dfc35a", "#c4281b", "#a59b8f",
-           "#b39fe1")            # Dynamic World's, of data.LAND_COVER
-METRICS = "rmse ubrmse corr nse kge mae pbias fhv flv fdc_rmse".split()
+# of data.LAND_COVER, as Dynamic World draws them
+COLOURS = "#419bdf #397d49 #88b053 #7a87c6 #e49635 #dfc35a #c4281b #a59b8f #b39fe1".split()
 
 
 def ratio(a, b):
@@ -31,31 +30,34 @@ def ratio(a, b):
 
 
 def site_metrics(obs, sim):
-    """Scores of one site over its valid pairs, NaN where undefined: a dict with METRICS as keys.
+    """{metric: score} of one site over its valid pairs, NaN where undefined.
 
-    rmse, mae, ubrmse (RMSE of anomalies), fdc_rmse (100 percentiles) in the unit of obs; corr:
-    Pearson r; nse = 1 - SSE/SST (doi 10.1016/0022-1694(70)90255-6); kge (10.1016/j.jhydrol.2009
-    .08.003); pbias, fhv (top 2 %), flv (lowest 30 %, of logs) in % (10.1029/2007WR006716).
+    RMSEs and mae in the unit of obs; pbias, fhv, flv in %. NSE: doi 10.1016/0022-1694(70)90255-6,
+    KGE: 10.1016/j.jhydrol.2009.08.003, biases of high and low flows: 10.1029/2007WR006716.
     """
     obs, sim = np.asarray(obs, float).ravel(), np.asarray(sim, float).ravel()
     valid = np.isfinite(obs) & np.isfinite(sim)
     o, s = obs[valid], sim[valid]
     if len(o) < 2:
-        return dict.fromkeys(METRICS, math.nan)
+        o = s = np.full(2, math.nan)                        # every score becomes NaN
     error, do, ds = s - o, o - o.mean(), s - s.mean()
-    high_o, high_s = (np.sort(x)[len(x) - max(round(0.02 * len(x)), 1):].sum() for x in (o, s))
-    low_o, low_s = (np.log(np.maximum(np.sort(x)[:round(0.3 * len(x)) + 1], 1e-6)) for x in (o, s))
-    low_o, low_s = (low_o - low_o[0]).sum(), (low_s - low_s[0]).sum()
     corr = ratio((do * ds).sum(), math.sqrt((do ** 2).sum() * (ds ** 2).sum()))
     spread, mean = ratio(s.std(), o.std()), ratio(s.mean(), o.mean())
-    curve = np.percentile(s, np.linspace(0, 100, 100)) - np.percentile(o, np.linspace(0, 100, 100))
-    return dict(zip(METRICS, (
-        math.sqrt((error ** 2).mean()), math.sqrt(((ds - do) ** 2).mean()), corr,
-        1 - ratio((error ** 2).sum(), (do ** 2).sum()),
-        1 - math.sqrt((corr - 1) ** 2 + (spread - 1) ** 2 + (mean - 1) ** 2),
-        float(np.abs(error).mean()), 100 * ratio(error.sum(), o.sum()),
-        100 * ratio(high_s - high_o, high_o), -100 * ratio(low_s - low_o, low_o),
-        math.sqrt((curve ** 2).mean()))))
+    high_o, high_s = (np.sort(x)[-max(round(0.02 * len(x)), 1):] for x in (o, s))    # top 2 %
+    low_o, low_s = (np.log(np.sort(x)[:round(0.3 * len(x)) + 1].clip(1e-6)) for x in (o, s))
+    low_o, low_s = low_o - low_o[0], low_s - low_s[0]       # lowest 30 %, above the minimum
+    curve_o, curve_s = (np.percentile(x, np.linspace(0, 100, 100)) for x in (o, s))
+    return {
+        "rmse": math.sqrt((error ** 2).mean()),
+        "ubrmse": math.sqrt(((ds - do) ** 2).mean()),       # of the anomalies
+        "corr": corr,                                       # Pearson's r
+        "nse": 1 - ratio((error ** 2).sum(), (do ** 2).sum()),
+        "kge": 1 - math.sqrt((corr - 1) ** 2 + (spread - 1) ** 2 + (mean - 1) ** 2),
+        "mae": float(abs(error).mean()),
+        "pbias": 100 * ratio(error.sum(), o.sum()),
+        "fhv": 100 * ratio((high_s - high_o).sum(), high_o.sum()),      # biases of high and of
+        "flv": -100 * ratio((low_s - low_o).sum(), low_o.sum()),         # (logs of) low flows
+        "fdc_rmse": math.sqrt(((curve_s - curve_o) ** 2).mean())}   # of the flow-duration curves
 
 
 def class_metrics(label, score):
@@ -65,9 +67,10 @@ def class_metrics(label, score):
     true, guess = label[valid] > 0.5, score[valid] >= 0.5
     hits, ones, zeros = (true & guess).sum(), true.sum(), (~true).sum()
     _, place, ties = np.unique(score[valid], return_inverse=True, return_counts=True)
-    rank = (np.cumsum(ties) - (ties - 1) / 2)[place]
+    rank = (np.cumsum(ties) - (ties - 1) / 2)[place]        # equal scores share their mean rank
     return {"accuracy": ratio((true == guess).sum(), len(true)),
-            "precision": ratio(hits, guess.sum()), "recall": ratio(hits, ones),
+            "precision": ratio(hits, guess.sum()),
+            "recall": ratio(hits, ones),
             "f1": ratio(2 * hits, guess.sum() + ones),
             "auc": ratio(rank[true].sum() - ones * (ones + 1) / 2, ones * zeros)}
 
@@ -83,27 +86,23 @@ def sign_test(difference):
 def skill(obs, sim):
     """{name: score} of a test set, (sites, days) each; the first is the one to stop early by.
 
-    Sites with series: medians over them, but for the mean of NSE clipped to ±1 and the share below
-    0. A value, or a class 0 or 1, per site: over all sites at once.
+    Series: medians over sites, but for the mean of NSE clipped to ±1 and the share of NSE below 0.
+    One value, class, or probability of class 1 per site: over all sites at once.
     """
     if obs.shape[1] > 1:
         sites = [site_metrics(o, s) for o, s in zip(obs, sim)]
         nse = np.array([scores["nse"] for scores in sites])
         names = ("nse", "kge", "corr", "rmse", "ubrmse", "fhv")
         medians = {name: np.nanmedian([scores[name] for scores in sites]) for name in names}
-        return {"clipped": np.nanmean(np.clip(nse, -1, 1)), **medians, "below 0": (nse < 0).mean()}
+        return {"clipped": np.nanmean(nse.clip(-1, 1)), **medians, "below 0": (nse < 0).mean()}
     if np.isin(obs, (0, 1)).all():
         scores = class_metrics(obs, sim)
         return {name: scores[name] for name in ("auc", "accuracy", "f1")}
     if np.array_equal(sim, sim.round()) and np.array_equal(obs, obs.round()):   # several classes
-        table = np.zeros((int(max(obs.max(), sim.max())) + 1,) * 2)             # observed, guessed
-        np.add.at(table, (obs.astype(int), sim.astype(int)), 1)
-        hits, seen, guessed = table.diagonal(), table.sum(1), table.sum(0)
-        f1 = 2 * hits / np.maximum(seen + guessed, 1)
-        there = seen > 0
-        return {"balanced": (hits[there] / seen[there]).mean(),
-                "accuracy": hits.sum() / table.sum(),
-                **{f"f1 {k}": f1[k] for k in np.flatnonzero(there)}}
+        each = {k: class_metrics(obs == k, sim == k) for k in np.unique(obs)}
+        return {"balanced": np.mean([scores["recall"] for scores in each.values()]),
+                "accuracy": (obs == sim).mean(),
+                **{f"f1 {k:.0f}": scores["f1"] for k, scores in each.items()}}
     scores, difference = site_metrics(obs, sim), sim - obs
     median = np.median(difference)
     return {"R2": scores["nse"], "rmse": scores["rmse"], "median difference": median,
@@ -114,8 +113,7 @@ def load_runs(folder):
     """Every run under folder/runs: {setting: {model: [run]}}."""
     runs = defaultdict(lambda: defaultdict(list))
     for path in sorted(Path(folder, "runs").glob("*.npz")):
-        with np.load(path) as z:
-            run = dict(z)
+        run = dict(np.load(path))
         run |= json.loads(str(run["settings"]))
         runs[run["setting"]][run["name"]].append(run)
     return runs
@@ -123,98 +121,84 @@ def load_runs(folder):
 
 def per_site(runs):
     """{site: score} of one model's runs, mean over seeds: NSE, or minus the error of its value."""
-    values = defaultdict(list)
+    scores = defaultdict(list)
     for run in runs:
         for site, o, s in zip(run["ids"], run["obs"], run["sim"]):
-            error = (o != s)[0] if run["task"] == "landcover" else abs(o - s)[0]
-            values[str(site)].append(site_metrics(o, s)["nse"] if len(o) > 1 else -float(error))
-    return {site: float(np.mean(v)) for site, v in values.items()}
+            error = o != s if run["task"] == "landcover" else abs(o - s)
+            scores[site].append(site_metrics(o, s)["nse"] if len(o) > 1 else -float(error[0]))
+    return {site: np.mean(of_seeds) for site, of_seeds in scores.items()}
 
 
 def mean_skill(runs):
-    """Mean over seeds of the skill on all the test sets of a model's runs."""
-    by_seed = defaultdict(list)
-    for run in runs:
-        by_seed[run["seed"]].append(run)
-    scores = [skill(*(np.concatenate([run[key] for run in part]) for key in ("obs", "sim")))
-              for part in by_seed.values()]
-    return {name: np.mean([score[name] for score in scores]) for name in scores[0]}
+    """Mean over seeds of the skill on all the test sets of one model's runs."""
+    scores = []
+    for seed in {run["seed"] for run in runs}:
+        tests = [(run["obs"], run["sim"]) for run in runs if run["seed"] == seed]
+        scores.append(skill(*map(np.concatenate, zip(*tests))))
+    return {name: np.mean([score.get(name, math.nan) for score in scores]) for name in scores[0]}
 
 
 def table(runs):
     """Print each setting's models: scores over all test sites ± standard error over folds, and the
     median gain per site over the supervised baseline with the p-value of a sign test."""
     for setting, models in runs.items():
-        base = next((per_site(models[name]) for name in BASELINES if name in models), {})
         print(f"\n{setting}")
+        baseline = next((name for name in BASELINES if name in models), None)
+        base = per_site(models.get(baseline, []))
         for name, of_model in models.items():
+            total, mine = mean_skill(of_model), per_site(of_model)
             seeds, folds = ({run[key] for run in of_model} for key in ("seed", "fold"))
-            total = mean_skill(of_model)
-            parts = [mean_skill([r for r in of_model if r["fold"] == fold]) for fold in folds]
-            line = f"{name:<20} {len(folds)} folds, {len(seeds)} seeds"
+            parts = [mean_skill([run for run in of_model if run["fold"] == k]) for k in folds]
+            line = f"{name:<20}{len(mine):>6} sites, {len(folds)} folds, {len(seeds)} seeds"
             for metric, mean in total.items():
                 by_fold = [part.get(metric, math.nan) for part in parts]
-                mean = np.mean(by_fold) if "auc" in total else mean     # scores of folds differ
+                if "auc" in total:      # probabilities of different folds must not be ranked as one
+                    mean = np.mean(by_fold)
                 error = ratio(np.nanstd(by_fold), (len(folds) - 1) ** 0.5)
                 line += f"  {metric} {mean:.3f} ± {error:.3f}"
-            mine = per_site(of_model)
-            gain = np.array([mine[site] - base[site] for site in mine if site in base])
+            gain = np.array([mine[site] - base[site] for site in mine.keys() & base.keys()])
             gain = gain[np.isfinite(gain) & (gain != 0)]
             if len(gain):
-                line += f"  gain {np.median(gain):+.3f}, p {sign_test(gain):.1e}"
-            print(line)
-
-
-def pyplot():
-    """matplotlib.pyplot for files, or None and a message where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print("--plot needs matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
+                line += f"  gain over {baseline} {np.median(gain):+.3f}, p {sign_test(gain):.1e}"
+            print(line + "  (has seen test sites)" * any(run["overlap"] for run in of_model))
 
 
 def plot(runs, folder):
-    """Draw a figure per setting and the curve of skill against labels into the folder."""
-    plt = pyplot()
-    if plt is None:
-        return
+    """Draw each setting: scores per site of all models, map and hydrographs of the last; and
+    labels.png: median scores against the number of training sites with observations."""
+    from matplotlib.figure import Figure
     curves = defaultdict(dict)
     for setting, models in runs.items():
-        figure, axes = plt.subplot_mosaic(
-            [["distribution", "map"], ["median"] * 2, ["worst"] * 2], figsize=(12, 9),
-            layout="constrained", height_ratios=(2, 1, 1))
+        daily = len(next(iter(models.values()))[0]["dates"]) > 1
+        what, limits = ("NSE", (-1, 1)) if daily else ("minus absolute error", None)
+        figure = Figure((14, 9), layout="constrained")
+        (left, right), *below = figure.subplots(1 + daily, 2, squeeze=False)
         for name, of_model in models.items():
-            values = np.sort([*per_site(of_model).values()])
-            label = f"{name}, median {np.nanmedian(values):.2f}"
-            axes["distribution"].plot(values, np.linspace(0, 1, len(values)), label=label)
+            score = per_site(of_model)
+            values, median = np.sort([*score.values()]), np.nanmedian([*score.values()])
+            left.plot(values, np.linspace(0, 1, len(values)), label=f"{name}, median {median:.2f}")
             head, _, labelled = setting.partition(", labelled ")
-            curves[f"{name}, {head}"][float(labelled or "inf")] = np.nanmedian(values)
-        daily = len(of_model[0]["dates"]) > 1
-        what = "NSE" if daily else "minus absolute error"
-        axes["distribution"].set(xlim=(-1, 1) if daily else None, ylabel="share of sites",
-                                 xlabel=f"{what} at held-out sites", title=setting)
-        axes["distribution"].legend()
-        score, run = per_site(of_model), of_model[0]        # of the last model
-        where = {str(i): x for r in of_model for i, x in zip(r["ids"], r["latlon"])}
-        lat, lon = np.array([where[site] for site in score]).T
-        dots = axes["map"].scatter(lon, lat, c=[*score.values()], s=12, vmin=0 if daily else None)
+            curves[f"{name}, {head}"][float(labelled or "inf")] = median
+        left.set(title=setting, xlabel=what, ylabel="share of sites", xlim=limits)
+        left.legend()
+        ids, latlon, obs, sim = (np.concatenate([run[key] for run in of_model])
+                                 for key in ("ids", "latlon", "obs", "sim"))
+        values = np.array([score[site] for site in ids])
+        dots = right.scatter(latlon[:, 1], latlon[:, 0], 12, values, vmin=0 if daily else None)
+        right.set(title=name, xlabel="longitude", ylabel="latitude")
         figure.colorbar(dots, label=what)
-        axes["map"].set(xlabel="longitude", ylabel="latitude", title=name)
-        order = np.argsort([score[str(i)] for i in run["ids"]])
-        for kind, i in ("median", order[len(order) // 2]), ("worst", order[0]):
-            for key, label, colour in ("obs", "observed", "k"), ("sim", name, "C1"):
-                days, values = run["dates"][-730:], run[key][i][-730:]
-                axes[kind].plot(days, values, colour, lw=0.8, label=label)
-            axes[kind].legend(title=f"{kind} site {run['ids'][i]}: {score[str(run['ids'][i])]:.2f}")
+        order, known = np.argsort(values), np.isfinite(values).sum()            # NaN last
+        for axis, kind, k in zip(np.ravel(below), ("median", "worst"), (known // 2, 0)):
+            pair = np.stack([obs[order[k]], sim[order[k]]], 1)                  # (T, 2)
+            axis.plot(of_model[0]["dates"][-730:], pair[-730:], lw=0.8, label=["observed", name])
+            axis.legend(title=f"{kind} site {ids[order[k]]}: {values[order[k]]:.2f}")
         figure.savefig(Path(folder, setting.replace(", ", "_").replace(" ", "-") + ".png"), dpi=80)
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(layout="constrained")
+    axis, counts = figure.subplots(), sorted({n for points in curves.values() for n in points})
     for name, points in curves.items():
-        labels = sorted(points)
-        axis.plot([f"{n:.0f}" if n < math.inf else "all" for n in labels],
-                  [points[n] for n in labels], "o-", label=name)
+        labelled, medians = zip(*sorted(points.items()))
+        axis.plot([counts.index(n) for n in labelled], medians, "o-", label=name)
+    axis.set_xticks(range(len(counts)), [f"{n:.0f}".replace("inf", "all") for n in counts])
     axis.set(xlabel="training sites with observations", ylabel="median score at held-out sites")
     axis.legend(fontsize=8)
     figure.savefig(Path(folder, "labels.png"), dpi=80)
@@ -223,11 +207,11 @@ def plot(runs, folder):
 def monthly(classes, clear, dates):
     """Shares of the 9 classes among the clear pixels, by month and over all months (the mean of the
     months), and the share that is clear: {month: (10,)}; classes, clear (T, H, W), dates (T,)."""
-    months = {}
-    for month in np.unique(dates.astype("datetime64[M]")):
-        at = dates.astype("datetime64[M]") == month
+    months, month_of = {}, dates.astype("datetime64[M]")
+    for month in np.unique(month_of):
+        at = month_of == month
         seen = classes[at][clear[at]]
-        share = np.bincount(seen, minlength=9) / len(seen) if len(seen) else np.full(9, np.nan)
+        share = np.bincount(seen, minlength=9) / (len(seen) or math.nan)
         months[str(month)] = np.append(share, clear[at].mean())
     return months | {"all": np.nanmean([*months.values()], 0)}
 
@@ -235,33 +219,31 @@ def monthly(classes, clear, dates):
 def landcover(o):
     """Classify dated scenes with Dynamic World's released network; print and draw the months."""
     dates, scenes, clear = data.read_scenes(o.landcover)
-    model, began = DynamicWorld.from_release(o.weights), time.time()
+    model = DynamicWorld.from_release(o.weights)
+    x = torch.from_numpy(data.normalize_s2(scenes)).permute(0, 3, 1, 2)         # (T, 9, H, W)
     with torch.no_grad():
-        x = torch.from_numpy(data.normalize_s2(scenes)).permute(0, 3, 1, 2)     # (T, 9, H, W)
-        classes = torch.cat([model(scene[None]).argmax(1) for scene in x]).numpy()
-    print(f"{len(dates)} scenes of {classes.shape[1]} x {classes.shape[2]} pixels in "
-          f"{time.time() - began:.2f} s")
-    for title, mask in (("clear pixels", clear), ("all pixels, clouds too", clear | True)):
+        classes = torch.cat([model(scene[None]).argmax(1) for scene in x]).numpy()  # (T, H, W)
+    months, cloudy = (monthly(classes, mask, dates) for mask in (clear, clear | True))
+    for title, rows in ("clear pixels", months), ("all pixels, clouds too", cloudy):
         print(f"{title:<24}" + "".join(f"{name[:11]:>12}" for name in (*data.LAND_COVER, "seen")))
-        months = monthly(classes, mask, dates)
-        for month, shares in months.items():
+        for month, shares in rows.items():
             print(f"{month:<24}" + "".join(f"{share:>12.1%}" for share in shares))
-    if o.plot and (plt := pyplot()):
-        from matplotlib.colors import ListedColormap
-        months, colours = monthly(classes, clear, dates), ListedColormap(COLOURS)
-        figure, axes = plt.subplots(1, 1 + len(dates), figsize=(16, 3.5), layout="constrained")
-        bottom = np.zeros(len(months))
-        for name, colour, share in zip(data.LAND_COVER, COLOURS, np.array([*months.values()]).T):
-            axes[0].bar(list(months), share, bottom=bottom, color=colour, label=name)
-            bottom += np.nan_to_num(share)
-        axes[0].legend(fontsize=6)
-        axes[0].set_title("share of clear pixels")
-        for axis, date, top, mask in zip(axes[1:], dates, classes, clear):
-            axis.imshow(top, colours, vmin=0, vmax=8, interpolation="nearest")
-            axis.set_title(f"{date}, {mask.mean():.0%} clear")
-            axis.set_axis_off()
-        Path(o.out).mkdir(exist_ok=True)
-        figure.savefig(Path(o.out, "landcover.png"), dpi=80)
+    if not o.plot:
+        return
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    figure = Figure((3 * (1 + len(dates)), 3.5), layout="constrained")
+    bars, *maps = figure.subplots(1, 1 + len(dates))
+    shares = np.array([*months.values()]).T                 # (10, months)
+    for k, name in enumerate(data.LAND_COVER):
+        bars.bar([*months], shares[k], bottom=shares[:k].sum(0), color=COLOURS[k], label=name)
+    bars.set_title("share of clear pixels")
+    for axis, date, top, seen in zip(maps, dates, classes, clear):
+        axis.imshow(top, ListedColormap(COLOURS), vmin=0, vmax=8, interpolation="nearest")
+        axis.set(title=f"{date}, {seen.mean():.0%} clear", xticks=[], yticks=[])
+    figure.legend(loc="outside lower center", ncols=9)
+    Path(o.out).mkdir(exist_ok=True)
+    figure.savefig(Path(o.out, "landcover.png"), dpi=80)
 
 
 @dataclass
@@ -274,6 +256,8 @@ class Options:
 
 def main(argv=None):
     o = parse(Options, __doc__, argv)
+    if o.plot and not find_spec("matplotlib"):
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
     if o.landcover:
         return landcover(o)
     runs = load_runs(o.out)
