@@ -9,8 +9,8 @@ Axes: N sites, T days, C dynamic variables, S static attributes.
 import csv
 import hashlib
 import os
-import re
 import shutil
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -118,11 +118,15 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", stati
             kept = [site for site in records if site[3]] or records
         print(f"{spec}: {len(records) - len(kept)} of {len(records)} sites left out, they lack "
               + ("most attributes" if static_only else "a daily series"))
+        check(kept, f"{spec}: no site found")
         sites = assemble(kept, target)
         if cache:
             save_arrays(path, vars(sites))
     if cache:                               # what is not used stays on disk
-        arrays = {file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")}
+        try:
+            arrays = {file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")}
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it") from None
         sites = Sites(**{k: tuple(x.tolist()) if "names" in k else x for k, x in arrays.items()})
     print(f"{spec}: {len(sites.ids)} sites, {sites.dates[0]} to {sites.dates[-1]}; daily "
           f"{', '.join(sites.dynamic_names)}; {len(sites.static_names)} attributes, "
@@ -236,7 +240,6 @@ def synthetic_world(seed=0, n_sites=700, years=6, target="streamflow"):
 
 def assemble(records, target):
     """What the readers yield -> `Sites` on the union of dates and variables."""
-    check(records, "no site found")
     ids, files, attributes, series = zip(*records)
     known = {name for a in attributes for name, value in a.items() if np.ndim(value) == 0}
     known -= {"gauge_lat", "gauge_lon", target}
@@ -253,6 +256,7 @@ def assemble(records, target):
     for i, (lat, lon) in enumerate(table[:, :2]):
         place = f"{files[i]}: site {ids[i]}"
         check(not (abs(lat) > 90 or abs(lon) > 360), f"{place} has coordinates {lat}, {lon}")
+        check(not attributes[i].get("area", 1) <= 0, f"{place} has an area of 0 or less")
         for c, name in enumerate((*dynamic_names, target)):
             days, values = series[i].get(name, (dates[:0], ()))
             check(len(np.unique(days)) == len(days), f"{place} has the same date twice")
@@ -266,49 +270,93 @@ def assemble(records, target):
                  np.empty((len(ids), 0), np.float32))
 
 
-def read_table(path, numeric, delimiter=",", header=None, rows=slice(0, None)):
-    """A text table's columns: float32 for the names in `numeric`, days for "date", else text.
+def read_table(path, numbers, texts=(), delimiter=",", header=None, rows=slice(0, None),
+               optional=False):
+    """A text table's columns: float32 for `numbers`, days for "date", text for `texts`.
 
-    delimiter None = blanks; empty, NA and -999 = NaN. ValueError names the file, line and value.
+    delimiter None = blanks; empty, NA and -999 = NaN. ValueError names the file and its line and
+    value, or the column that is missing; `numbers` may be, if optional.
     """
-    text = Path(path).read_text(encoding="utf-8-sig").splitlines()[rows]
-    text = csv.reader(text, delimiter=delimiter) if delimiter else map(str.split, text)
-    table = [(line, row) for line, row in enumerate(text, rows.start + 1) if row]
-    header = header or (table and table.pop(0)[1])
+    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()[rows]
+    split = map(str.split, lines)
+    if delimiter:
+        split = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+    try:
+        table = [(line, row) for line, row in enumerate(split, rows.start + 1) if row]
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}") from None
+    header = header or (table and [name.strip() for name in table.pop(0)[1]])
     check(table, f"{path}: no rows below the header")
+    check(len({*header}) == len(header), f"{path}: a column twice in {header}")
     for line, row in table:
         check(len(row) == len(header),
               f"{path}, line {line}: {len(row)} fields, expected {len(header)}")
     columns = dict(zip(header, zip(*(row for _, row in table))))
-    if "Year" in columns:
+    if {"Year", "Mnth", "Day"} <= columns.keys():
         ymd = zip(columns["Year"], columns["Mnth"], columns["Day"])
         columns["date"] = [f"{year}-{month:0>2}-{day:0>2}" for year, month, day in ymd]
-    kinds = {"date": "datetime64[D]"} | dict.fromkeys(numeric, "float32")
-    missing = {"": "nan", "NA": "nan", "NULL": "nan"}
-    for name in columns.keys() & kinds.keys():
-        values = [missing.get(v, v) for v in columns[name]]
-        try:
-            columns[name] = np.array(values, kinds[name])
-        except ValueError as error:                         # numpy quotes the value
-            bad = re.search("""['"](.*)['"]""", str(error))[1]
-            line = table[values.index(bad)][0]
-            raise ValueError(f"{path}, line {line}: {name} is '{bad}'") from None
-        if name in numeric:
-            columns[name][columns[name] < -998] = np.nan
+    absent = {*texts, *(() if optional else numbers)} - columns.keys()
+    check(not absent, f"{path}: no column {', '.join(sorted(absent))} among {header}")
+    for name in columns.keys() & {"date", *numbers}:
+        if name == "date":                                  # numpy reads "2000" and "today" too
+            fields = [field.replace("/", "-") for field in columns[name]]
+            values = parsed(fields, "datetime64[D]", "NaT")
+            wrong = (values.astype(str) != fields) | ~(abs(values - EPOCH) < 120_000)
+        else:
+            values = parsed([MISSING.get(x, x) for x in columns[name]], "float32", np.inf)
+            wrong = np.isinf(values)
+        for i in np.flatnonzero(wrong):
+            raise ValueError(f"{path}, line {table[i][0]}: {name} is '{columns[name][i]}'")
+        columns[name] = values if name == "date" else np.where(values < -998, np.nan, values)
     return columns
 
 
+MISSING, EPOCH = {"": "nan", "NA": "nan", "NULL": "nan"}, np.datetime64("1970-01-01")
+
+
+def parsed(fields, kind, bad):
+    """Text as an array, `bad` in place of what is not of this kind."""
+    try:
+        return np.array(fields, kind)
+    except ValueError:
+        if len(fields) == 1:
+            return np.array([bad], kind)
+        return np.concatenate([parsed([field], kind, bad) for field in fields])
+
+
+def read_npz(path, **axes):
+    """The arrays of an npz, or npy, each with an axis per letter: read_npz(path, lat="n", v="nk").
+
+    ValueError if the file is damaged or lacks one, if sizes disagree, or for an infinite value.
+    """
+    try:
+        arrays = np.load(path)
+        arrays = dict(arrays) if hasattr(arrays, "files") else {Path(path).stem: arrays}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: {error}") from None
+    sizes = {}
+    for name, letters in axes.items():
+        check(name in arrays, f"{path}: no array {name} among {[*arrays]}")
+        values = arrays[name]
+        fits = values.ndim == len(letters) and all(
+            0 < size == sizes.setdefault(axis, size) for axis, size in zip(letters, values.shape))
+        check(fits, f"{path}: {name} has the shape {values.shape}, axes {letters} of {sizes}")
+        check(values.dtype.kind != "f" or not np.isinf(values).any(), f"{path}: {name} is infinite")
+    return arrays
+
+
 def read_attributes(paths, source, delimiter=","):
-    """Tables joined on their first column -> {site: {name: value}}; source: 2 or 3, of STATIC."""
+    """Tables joined on gauge_id -> {site: {name: value}}; source: column 2 or 3 of STATIC."""
     names = {name: row[source].partition("*")[::2] for name, row in STATIC.items()}
     names |= {"gauge_lat": ("gauge_lat", ""), "gauge_lon": ("gauge_lon", "")}
     sites = {}
     for path in paths:
-        table = read_table(path, {column for column, _ in names.values()}, delimiter)
-        keys = next(iter(table.values()))
-        check(len(set(keys)) == len(keys), f"{path}: the same site twice")
+        table = read_table(path, {column for column, _ in names.values()}, ["gauge_id"], delimiter,
+                           optional=True)
+        keys, count = np.unique(table["gauge_id"], return_counts=True)
+        check((count < 2).all(), f"{path}: site {keys[count.argmax()]} twice")
         for name, (column, factor) in names.items():
-            for site, value in zip(keys, table.get(column, ())):
+            for site, value in zip(table["gauge_id"], table.get(column, ())):
                 sites.setdefault(site, {})[name] = value * float(factor or 1)
     return sites
 
@@ -316,8 +364,8 @@ def read_attributes(paths, source, delimiter=","):
 def read_series(path, source, lat, **layout):
     """{variable or "streamflow": (dates, values)} of a daily table; PET is derived."""
     wanted = {"streamflow", "dayl(s)", "vp(Pa)", *(row[source] for row in DYNAMIC.values())}
-    table = read_table(path, {*wanted, *DYNAMIC}, **layout)
-    check("date" in table, f"{path}: no column date")
+    table = read_table(path, {*wanted, *DYNAMIC}, ["date"], optional=True, **layout)
+    check(not abs(lat) > 90, f"{path}: latitude {lat}")
     series = {name: table[column] for name, row in DYNAMIC.items()
               for column in (name, row[source]) if column in table}
     tmax, tmin = series.get("tmax"), series.get("tmin")
@@ -358,16 +406,17 @@ def read_camels(folder):
     if not tables:
         print(f"{folder}: no camels_topo.txt and so on, only latitude, elevation and area known")
     attributes = read_attributes(tables, 3, ";")
-    columns = ("id", "Year", "Mnth", "Day", "streamflow", "flag")
+    columns = ["id", "Year", "Mnth", "Day", "streamflow", "flag"]
     flows = {p.name[:8]: p for p in folder.glob("usgs_streamflow/**/*_streamflow_qc.txt")}
     forcings = sorted(folder.glob("basin_mean_forcing/**/*_forcing_leap.txt"))
     for path in [p for p in forcings if "cida" in p.name] or forcings:
         basin = path.name[:8]
-        lat, height, area = read_table(path, ("m",), None, ("m",), slice(0, 3))["m"]
-        check(area > 0, f"{path}, line 3: a basin area of {area} m2")
+        known = read_table(path, ["m"], (), None, ["m"], slice(0, 3))["m"]
+        check(len(known) == 3 and known[2] > 0, f"{path}, line 3: no basin area in m2")
+        lat, height, area = known
         series = read_series(path, 3, lat, delimiter=None, rows=slice(3, None))
         if basin in flows:
-            flow = read_table(flows[basin], {"streamflow"}, None, columns)
+            flow = read_table(flows[basin], ["streamflow"], (), None, columns)
             mm = flow["streamflow"] * (0.028316846592 * 86400 * 1000 / area)    # ft3/s -> mm/d
             series["streamflow"] = flow["date"], mm
         known = {"gauge_lat": lat, "elevation": height, "area": area / 1e6}
@@ -379,23 +428,22 @@ def read_ismn(folder):
 
     Daily means of values flagged good; weather from <station>.csv, its columns named as in DYNAMIC.
     """
-    head = ("a", "network", "station", "gauge_lat", "gauge_lon", "elevation", "top", "bottom", "b")
-    columns, stations = ("day", "time", "value", "flag", "origin"), {}
+    head = ["a", "network", "station", "gauge_lat", "gauge_lon", "elevation", "top", "bottom", "b"]
+    columns, stations = ["date", "time", "value", "flag", "origin"], {}
     for path in sorted(folder.rglob("*_sm_*.stm")):
-        first = read_table(path, head[3:8], None, head, slice(0, 1))
+        first = read_table(path, head[3:8], (), None, head, slice(0, 1))
         site = {name: value[0] for name, value in first.items()}
         station = site["network"], site["station"]
         if station not in stations or site["top"] < stations[station][1]["top"]:
             stations[station] = path, site
     for (network, station), (path, site) in stations.items():
         weather = sorted(folder.rglob(f"{station}.csv"))
-        if not weather:
-            print(f"{path}: skipped, there is no {station}.csv with its weather")
-            continue
-        table = read_table(path, {"value"}, None, columns, slice(1, None))
+        table = read_table(path, ["value"], (), None, columns, slice(1, None))
         good = (np.array(table["flag"]) == "G") & ~np.isnan(table["value"])
-        dates = np.char.replace(np.array(table["day"])[good], "/", "-").astype("datetime64[D]")
-        days, day = np.unique(dates, return_inverse=True)
+        if not weather or not good.any():
+            print(f"{path}: skipped, no {station}.csv with its weather, or no value flagged good")
+            continue
+        days, day = np.unique(table["date"][good], return_inverse=True)
         mean = np.bincount(day, table["value"][good]) / np.bincount(day)
         series = read_series(weather[0], 2, site["gauge_lat"]) | {"soil_moisture": (days, mean)}
         yield f"{network}_{station}", path, {name: site[name] for name in head[3:6]}, series
@@ -407,8 +455,8 @@ def read_wosis(folder):
     Profiles whose clay, silt and sand do not add up to 100 +- 5 % are left out.
     """
     profiles, physical = one_file(folder, "*_profiles.tsv"), one_file(folder, "*_physical.tsv")
-    parts = ("clay_value_avg", "silt_value_avg", "sand_value_avg")
-    layers = read_table(physical, ("upper_depth", "lower_depth", *parts), "\t")
+    parts = ["clay_value_avg", "silt_value_avg", "sand_value_avg"]
+    layers = read_table(physical, ["upper_depth", "lower_depth", *parts], ["profile_id"], "\t")
     thick = np.minimum(layers["lower_depth"], 30) - np.maximum(layers["upper_depth"], 0)
     texture = np.stack([layers[part] for part in parts], 1)                     # (layers, 3)
     weight = np.where(np.isnan(texture.sum(1)), 0, np.maximum(thick, 0))[:, None]
@@ -416,7 +464,7 @@ def read_wosis(folder):
     total = np.zeros((len(ids), 4))
     np.add.at(total, member, np.hstack([weight * np.nan_to_num(texture), weight]))
     texture = dict(zip(ids, total[:, :3] / np.maximum(total[:, 3:], 1e-9)))
-    table = read_table(profiles, ("latitude", "longitude"), "\t")
+    table = read_table(profiles, ["latitude", "longitude"], ["profile_id"], "\t")
     for site, *place in zip(table["profile_id"], table["latitude"], table["longitude"]):
         known = [*place, *texture.get(site, np.zeros(3))]
         if abs(sum(known[2:]) - 100) <= 5:
@@ -432,33 +480,36 @@ def read_landslide(folder, size=17):
     path, names = one_file(folder, "*.csv"), {
         "slope": "slope", "cplan": "plan_curvature", "cprof": "profile_curvature",
         "elev": "elevation", "log10_carea": "upslope_area"}
-    points = read_table(path, ("x", "y", *names))
-    with np.load(one_file(folder, "*.npz")) as z:
-        maps, left, top, cell = (z[key] for key in ("ta", "xmin", "ymax", "res"))   # (K, H, W)
-    maps = (maps - np.nanmean(maps, (1, 2), keepdims=True)) / np.nanstd(maps, (1, 2), keepdims=True)
+    points = read_table(path, ["x", "y", *names], ["lslpts"])
+    raster = read_npz(one_file(folder, "*.npz"), ta="khw", xmin="", ymax="", res="")
+    left, top, cell, maps = (raster[key] for key in ("xmin", "ymax", "res", "ta"))
+    check(cell > 0, f"{folder}: a raster of {cell} m")
     lat = (points["y"] - 1e7) / 110_578                     # degrees, right to some 100 m
     lon = -81 + (points["x"] - 5e5) / (111_276 * np.cos(np.deg2rad(lat)))
-    for i, (x, y) in enumerate(zip(points["x"], points["y"])):
+    labels = {"TRUE": 1, "1": 1, "FALSE": 0, "0": 0}
+    for i, (x, y, label) in enumerate(zip(points["x"], points["y"], points["lslpts"])):
+        check(not np.isnan(x + y) and label.upper() in labels,
+              f"{path}, point {i + 1}: x, y and lslpts are {x}, {y}, '{label}'")
         row, column = int((top - y) // cell) - size // 2, int((x - left) // cell) - size // 2
         patch = maps[:, max(row, 0):row + size, max(column, 0):column + size]
         if patch.shape[1:] != (size, size) or np.isnan(patch).any():
             print(f"{path}, point {i + 1}: skipped, its patch leaves the raster")
             continue
-        label = points["lslpts"][i].upper() in ("TRUE", "1")
         known = {name: points[column][i] for column, name in names.items()}
-        known |= {"gauge_lat": lat[i], "gauge_lon": lon[i], "patch": patch, "landslide": label}
-        yield f"point_{i:04d}", path, known, {}
+        known |= {"gauge_lat": lat[i], "gauge_lon": lon[i], "patch": patch}
+        yield f"point_{i:04d}", path, known | {"landslide": labels[label.upper()]}, {}
 
 
 def read_alphaearth(folder):
     """The points of an npz, lat and lon, and their NDVI, one of the named Sentinel-2 values s2."""
     for path in sorted(folder.glob("*.npz")):
-        with np.load(path) as z:
-            if "s2" in z:
-                ndvi = z["s2"][:, list(z["s2_names"]).index("s2_ndvi")]
-                for i, known in enumerate(zip(z["lat"], z["lon"], ndvi)):
-                    known = dict(zip(("gauge_lat", "gauge_lon", "ndvi"), known))
-                    yield f"{path.stem}_{i:04d}", path, known, {}
+        if "s2" in read_npz(path):
+            z = read_npz(path, lat="n", lon="n", s2="nk", s2_names="k")
+            check("s2_ndvi" in z["s2_names"], f"{path}: no s2_ndvi among {z['s2_names']}")
+            ndvi = z["s2"][:, z["s2_names"].tolist().index("s2_ndvi")]
+            for i, known in enumerate(zip(z["lat"], z["lon"], ndvi)):
+                known = dict(zip(("gauge_lat", "gauge_lon", "ndvi"), known))
+                yield f"{path.stem}_{i:04d}", path, known, {}
 
 
 def join_vectors(sites, path, within=5.0):
@@ -467,18 +518,28 @@ def join_vectors(sites, path, within=5.0):
     path: csv with columns A00 to A63, or npz with an (n, 64) array; joined by `id` if it has one,
     else the nearest `lat`, `lon` within so many km.
     """
-    names = [f"A{i:02d}" for i in range(64)]
-    table = np.load(path) if str(path).endswith("npz") else read_table(path, ("lat", "lon", *names))
-    vectors = np.stack([table[name] for name in names], 1) if "A00" in table else next(
-        (values for values in table.values() if values.shape[1:] == (64,)), np.empty((0, 64)))
-    if "id" in table:
+    if Path(path).suffix == ".npz":
+        table = read_npz(path)
+        by_id = "id" in table
+        name = next((k for k, v in table.items() if v.shape[1:] == (64,)), "an array of 64 columns")
+        table = read_npz(path, **{name: "nk"}, **dict(id="n") if by_id else dict(lat="n", lon="n"))
+        vectors = table[name]
+    else:
+        names = [f"A{i:02d}" for i in range(64)]
+        table = read_table(path, [*names, "lat", "lon"], optional=True)
+        by_id = "id" in table
+        table = read_table(path, names if by_id else [*names, "lat", "lon"])
+        vectors = np.stack([table[name] for name in names], 1)                  # (n, 64)
+    if by_id:
         row = {site: i for i, site in enumerate(table["id"])}
-        found = [row.get(site, -1) for site in sites.ids]
+        check(len(row) == len(vectors), f"{path}: the same id twice")
+        found = np.array([row.get(site, -1) for site in sites.ids])
     else:
         places = np.stack([table["lat"], table["lon"]], 1)
+        check(not (abs(places) > (90, 360)).any(), f"{path}: a place out of range")
         cosine = on_sphere(sites.latlon) @ on_sphere(places).T                  # (N, n)
         found = np.where(cosine.max(1) > np.cos(within / 6371), cosine.argmax(1), -1)
-    check(len(vectors) > max(found), f"{path}: no vectors of 64 values")
+    check((found >= 0).any(), f"{path}: has a vector for none of the sites")
     vectors = np.vstack([vectors, np.full(64, np.nan)])[found]                  # last row: none
     return replace(sites, vectors=vectors.astype(np.float32))
 
@@ -528,17 +589,21 @@ def read_scenes(folder):
 
     Keys as of eo-learn: s2_l1c (reflectance), s2_bands, s2_dates; clm (0 = clear) of ndvi_dates.
     """
-    path = one_file(Path(folder), "*.npz")
-    with np.load(path) as z:
-        check({"s2_l1c", "s2_bands", "s2_dates"} <= {*z}, f"{path}: has only the arrays {[*z]}")
-        bands, dates = z["s2_bands"].tolist(), z["s2_dates"]
-        scenes = z["s2_l1c"][..., [bands.index(f"B{b:02d}") for b in (2, 3, 4, 5, 6, 7, 8, 11, 12)]]
-        clear = np.ones(scenes.shape[:3], bool)
-        if "clm" in z:
-            mask = dict(zip(z["ndvi_dates"], z["clm"]))
-            clear = np.array([mask.get(date, clear[0] * 0) == 0 for date in dates])
-        order = np.argsort(dates)
-    return dates[order].astype("datetime64[D]"), 10_000 * scenes[order], clear[order]
+    path, axes = one_file(Path(folder), "*.npz"), dict(s2_l1c="thwb", s2_bands="b", s2_dates="t")
+    if "clm" in read_npz(path):
+        axes |= dict(clm="uhw", ndvi_dates="u")
+    z = read_npz(path, **axes)
+    bands, dates = z["s2_bands"].tolist(), parsed(z["s2_dates"], "datetime64[D]", "NaT")
+    nine = [f"B{band:02d}" for band in (2, 3, 4, 5, 6, 7, 8, 11, 12)]
+    check({*nine} <= {*bands} and not np.isnat(dates).any(),
+          f"{path}: expected a date of each scene and the bands {nine}, it has {bands}")
+    scenes = 10_000 * z["s2_l1c"][..., [bands.index(band) for band in nine]]    # (T, H, W, 9)
+    clear = (scenes > -1).all(-1)                           # not NaN, no sentinel
+    if "clm" in z:
+        mask = dict(zip(z["ndvi_dates"], z["clm"]))
+        clear &= np.array([mask.get(date, 0 * clear[0]) == 0 for date in z["s2_dates"]])
+    order = np.argsort(dates)
+    return dates[order], scenes[order], clear[order]
 
 
 def read_s2(folder):
@@ -548,9 +613,9 @@ def read_s2(folder):
     """
     _, scenes, clear = read_scenes(folder)
     image = normalize_s2(scenes[clear.all((1, 2))]).transpose(0, 3, 1, 2)       # (T, 9, H, W)
-    with np.load(path := one_file(folder, "*.npz")) as z:
-        check({"dem", "lulc"} <= {*z}, f"{path}: has only the arrays {[*z]}")
-        height, cover = z["dem"], z["lulc"]
+    z = read_npz(path := one_file(folder, "*.npz"), dem="hw", lulc="hw")
+    check(len(image), f"{path}: no scene without clouds")
+    height, cover = z["dem"], z["lulc"]
     names, count = np.unique(cover[cover > 0], return_counts=True)
     names = names[count >= 100]
     print(f"{path}: classes {names.astype(int)}, from now on 0 to {len(names) - 1}")
@@ -560,7 +625,8 @@ def read_s2(folder):
 
 def read_tiles(folder):
     """Blocks of an image x.npy (C, H, W), int8 as AlphaEarth's, and its map y.npy (H, W)."""
-    x, y = (np.load(one_file(folder, name)) for name in ("x.npy", "y.npy"))
+    x = read_npz(one_file(folder, "x.npy"), x="chw")["x"]
+    y = read_npz(one_file(folder, "y.npy"), y="hw")["y"]
     if x.dtype == np.int8:
         x = np.sign(x) * (x / 127.5) ** 2
     return blocks(folder, x, height=y, landcover=y)
@@ -679,10 +745,15 @@ def save_arrays(folder, arrays):
 def write_atomically(path, write):
     """Call write(file) on a temporary file, then rename it to `path`: never half an output."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as file:
-        write(file)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                # torch.save has a RuntimeError for it
+        if temporary.exists():
+            temporary.unlink()
+        raise OSError(f"cannot write {path}, what was there is kept: {error}") from None
 
 
 def check(fine, complaint):

@@ -94,15 +94,16 @@ def skill(obs, sim):
         nse = np.array([scores["nse"] for scores in sites])
         names = ("nse", "kge", "corr", "rmse", "ubrmse", "fhv")
         medians = {name: np.nanmedian([scores[name] for scores in sites]) for name in names}
-        return {"clipped": np.nanmean(nse.clip(-1, 1)), **medians, "below 0": (nse < 0).mean()}
-    if np.isin(obs, (0, 1)).all():
-        scores = class_metrics(obs, sim)
-        return {name: scores[name] for name in ("auc", "accuracy", "f1")}
-    if np.array_equal(sim, sim.round()) and np.array_equal(obs, obs.round()):   # several classes
+        failed = (nse < 0).sum() / max(np.isfinite(nse).sum(), 1)
+        return {"clipped": np.nanmean(nse.clip(-1, 1)), **medians, "below 0": failed}
+    if np.array_equal(sim, sim.round()):                    # classes, not probabilities or numbers
         each = {k: class_metrics(obs == k, sim == k) for k in np.unique(obs)}
         return {"balanced": np.mean([scores["recall"] for scores in each.values()]),
                 "accuracy": (obs == sim).mean(),
                 **{f"f1 {k:.0f}": scores["f1"] for k, scores in each.items()}}
+    if np.isin(obs, (0, 1)).all():
+        scores = class_metrics(obs, sim)
+        return {name: scores[name] for name in ("auc", "accuracy", "f1")}
     scores, difference = site_metrics(obs, sim), sim - obs
     median = np.median(difference)
     return {"R2": scores["nse"], "rmse": scores["rmse"], "median difference": median,

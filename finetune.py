@@ -53,7 +53,6 @@ class Options:
     static_only: bool = option(False, "attributes alone, also of gauges without a series")
     adapter: str = option("residual", "residual, feedforward, bottleneck, gated or experts")
     residual: str = option("weather", "what the residual path sees: weather, or all inputs")
-    tokens: str = option("both", "tokens that the head reads: day, site or both")
     width: int = option(64, "hidden width of head and baseline")
     steps: int = option(600, "optimiser steps")
     batch_size: int = option(32, "windows per step")
@@ -136,7 +135,7 @@ class Predictor(nn.Module):
         n = {"": 0, "weather": n, "static": 2 * s, "all": 2 * (n + s)}[self.reads]
         if use:
             self.norms = nn.ModuleList([nn.LayerNorm(wide), nn.LayerNorm(wide)])
-            self.gain = nn.Parameter(torch.tensor([o.tokens != "site", o.tokens != "day"]).float())
+            self.gain = nn.Parameter(torch.ones(2))
             self.expand = nn.Linear(wide, d) if wide != d else nn.Identity()
         if self.reads:
             self.conv, self.mix = nn.Conv1d(n, d, 3, padding=1), nn.Linear(d, d)
@@ -477,7 +476,7 @@ def main(argv=None):
         fold_of = data.folds(sites, o.holdout, o.folds, seed if o.recut else 0)
         for fold in range(o.folds) if o.fold == "all" else map(int, o.fold.split(",")):
             for variant in o.model.split(","):
-                changed = [getattr(o, key) for key in ("adapter", "residual", "tokens")
+                changed = [getattr(o, key) for key in ("adapter", "residual")
                            if getattr(o, key) != getattr(Options, key) and variant != "lstm"]
                 name = " ".join([variant, *changed])
                 path = Path(o.out, "runs", f"{setting}, {name}, fold {fold}, seed {seed}.npz")
