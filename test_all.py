@@ -327,6 +327,24 @@ def test_checkpoint_resume_and_holdout():
     assert "FloatingPointError: loss" in text and Path(out, "pretrained.pt").read_bytes() == before
 
 
+def test_bad_checkpoints_are_refused():
+    path, m, load = Path(mkdtemp(), "pretrained.pt"), small()[0], train.load_checkpoint
+    raises(FileNotFoundError, "pretrained.pt: run python train.py", load, path)
+    good = dict(version=train.VERSION, config=vars(m.config), model=m.state_dict())
+    torch.save(good, path)
+    loaded, saved = load(path)
+    assert loaded.config == m.config and saved.keys() == good.keys()
+    whole = path.read_bytes()
+    at = whole.index(m.position.detach().numpy().tobytes())                     # one weight changed
+    for content, reason in (
+            (whole[:len(whole) // 2], "not a zip"), (b"text", "not a zip"), (b"", "not a zip"),
+            (whole[:at] + b"1234" + whole[at + 4:], "damaged"), ({"a": 1}, "KeyError.*version"),
+            (good | {"version": train.VERSION + 1}, "version 2 is too new"),
+            (good | {"x": os.system}, "could be code"), (good | {"config": {}}, "RuntimeError")):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        raises(ValueError, "pretrained.pt is no checkpoint .*" + reason, load, path)
+
+
 def test_metrics_equal_their_formulas():
     rng = np.random.default_rng(0)
     o, s = rng.gamma(1, 2, 1000), rng.gamma(1, 2, 1000)

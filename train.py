@@ -13,12 +13,15 @@ that were never trained on.
 import argparse
 import ast
 import ctypes
-import dataclasses
+import io
 import math
 import os
+import pickle
+import platform
 import signal
 import time
-from dataclasses import dataclass, field
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from model import PRESETS, Config, StefaLand, masked_loss
+from model import NEVER_HIDDEN, PRESETS, Config, StefaLand, masked_loss
 
 
 def option(default, text):
@@ -55,6 +58,7 @@ class Options:
     quick: bool = option(False, "the same path in under a minute, nothing learned")
 
 
+VERSION = 1                                                 # of the checkpoint's format
 TRAINING = {"small": dict(steps=1200, batch_size=32, lr=2e-3),
             "paper": dict(steps=33000, batch_size=256, lr=1e-4)}    # 25 x 8,634 sites x 39 years
 
@@ -64,47 +68,57 @@ def train(o, sites):
     rank, world, device = setup(o.device)
     say = print if rank == 0 else lambda *args, **kwargs: None
     checkpoint, step = Path(o.out) / "pretrained.pt", 0
-    training, validation = split(sites, o)
-    say(f"{len(training)} sites to train on, {len(validation)} to validate on"
-        + f", fold {o.fold} of {o.folds} ({o.holdout}) left out" * (o.holdout != "none"))
+    tenth = data.folds(sites, "pub", 10, seed=1) == 0       # for validation
+    kept = o.holdout == "none" or data.folds(sites, o.holdout, o.folds) != o.fold
+    training, validation = np.flatnonzero(~tenth & kept), np.flatnonzero(tenth & kept)
 
     torch.manual_seed(o.seed)
-    groups = [tuple(data.GROUP.get(n, n) for n in names)
-              for names in (sites.dynamic_names, sites.static_names)]
-    changes = dict(pair.split("=") for pair in o.config.split(",") if pair)
-    changes = {key: ast.literal_eval(value) for key, value in changes.items()}
-    config = Config(sites.dynamic_names, sites.static_names, *groups,
-                    **PRESETS[o.preset] | {"max_days": o.seq_len} | changes)
+    names = sites.dynamic_names, sites.static_names
+    groups = [tuple(data.GROUP.get(name, name) for name in kind) for kind in names]
+    changes = [pair.split("=") for pair in o.config.split(",") if pair]
+    changes = {"max_days": o.seq_len} | {key: ast.literal_eval(text) for key, text in changes}
+    config = Config(*names, *groups, **PRESETS[o.preset] | changes)
     model = StefaLand(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
     scaling = {key: fit_scaling(getattr(sites, key)[training]) for key in ("forcing", "static")}
+    ids, latlon = sites.ids[training].tolist(), torch.tensor(sites.latlon[training])
     if o.resume:
-        saved = torch.load(checkpoint, weights_only=True)
-        if Config(**saved["config"]) != config:
-            raise ValueError(f"--resume: {checkpoint} is of another model: {saved['config']}")
+        old, saved = load_checkpoint(checkpoint)
+        data.check(old.config == config and saved["ids"] == ids,
+                   f"--resume: {checkpoint} is of another model or of other training sites")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, scaling = saved["step"], saved["scaling"]
-        say(f"resuming at step {step}")
     windows = Windows(sites, scaling, o.seq_len)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    if o.dtype == "auto":                                       # kept for --resume
+    if o.dtype == "auto":                                   # kept for --resume
         wide = config.d_model >= 128 and torch.cpu._is_avx512_bf16_supported()
         o.dtype = "bfloat16" if device.type == "cuda" or wide else "float32"
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {o.dtype}, "
-        f"{world} process(es)")
+    say(f"{len(training)} sites to train on, {len(validation)} to validate on"
+        + f", fold {o.fold} of {o.folds} ({o.holdout}) left out" * (o.holdout != "none")
+        + f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {o.dtype}, "
+        + f"{world} process(es)" + f", resuming at step {step}" * o.resume)
 
-    asked, stop, seconds, shown = [], False, [], 0.0
-    for number in (signal.SIGINT, signal.SIGTERM):              # Ctrl-C ends the loop after a step
+    asked, stop, first, began, shown = [], False, step, time.time(), 0.0
+    for number in (signal.SIGINT, signal.SIGTERM):          # Ctrl-C ends the loop after a step
         signal.signal(number, lambda *_: asked.append(1))
     model.train()
-    while step < o.steps and not stop:
-        began = time.perf_counter()
+    while True:
+        done = stop or step >= o.steps
+        # the first checkpoint is of step 0, so that any run can be resumed
+        if rank == 0 and (done or step % o.save_every == 0) and (step > first or step == 0):
+            state = dict(version=VERSION, config=asdict(config), options=asdict(o), step=step,
+                         ids=ids, latlon=latlon, scaling=scaling,
+                         model=model.state_dict(), optimizer=optimizer.state_dict())
+            torch.save(state, buffer := io.BytesIO())       # to a full disk, it hides the reason
+            data.write_atomically(checkpoint, lambda file: file.write(buffer.getbuffer()))
+        if done:
+            break
         # All randomness follows from (seed, step): a resumed run needs no generator state. Every
         # process draws the whole batch and keeps its share: their number changes nothing.
         seed = o.seed * 1_000_003 + step
         generator = torch.Generator(device).manual_seed(seed)
-        torch.manual_seed(seed * 1009 + rank)                   # dropout
+        torch.manual_seed(seed * 1009 + rank)               # dropout
         rng = np.random.default_rng(seed)
         site = rng.choice(training, o.batch_size)
         start = windows.starts(site, rng)
@@ -114,22 +128,14 @@ def train(o, sites):
         with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
             errors, counts = wrapped(*batch, hidden=[h[share] for h in hidden])
         counts = torch.cat([counts, counts.new_tensor([len(asked)])])
-        if world > 1:                                           # the mean is over the whole batch
+        if world > 1:                                       # the mean is over the whole batch
             dist.all_reduce(counts)
         loss = masked_loss(errors * world, counts[:2])
         descend(optimizer, loss, o.lr * learning_rate(step / o.steps), clip=5.0,
                 where=f"step {step}; {checkpoint} keeps the last good state")
         step, stop = step + 1, bool(counts[2] > 0)
-        seconds.append(time.perf_counter() - began)
-
-        if rank == 0 and (step % o.save_every == 0 or step == o.steps or stop):
-            state = dict(version=1, config=dataclasses.asdict(config), scaling=scaling, step=step,
-                         model=model.state_dict(), optimizer=optimizer.state_dict(),
-                         ids=sites.ids[training].tolist(), options=dataclasses.asdict(o),
-                         latlon=torch.tensor(sites.latlon[training]))
-            data.write_atomically(checkpoint, lambda file: torch.save(state, file))
         if time.time() - shown > 10 or step == o.steps:
-            shown, pace = time.time(), np.median(seconds[-200:])
+            shown, pace = time.time(), (time.time() - began) / (step - first)
             dynamic, static = (errors.detach() * world / counts[:2].clamp(min=1)).tolist()
             say(f"step {step}/{o.steps}  masked loss: dynamic {dynamic:.3f}, static {static:.3f}  "
                 f"{o.batch_size / pace:.1f} samples/s  {(o.steps - step) * pace / 60:.1f} min left",
@@ -137,7 +143,7 @@ def train(o, sites):
     if stop:
         say(f"stopped after step {step}; continue with --resume")
     elif rank == 0 and len(validation):
-        report(model, windows, training, validation, device)
+        report(model, windows, training, validation)
     if world > 1:
         dist.destroy_process_group()
 
@@ -161,18 +167,39 @@ def learning_rate(progress):
     return min(progress / 0.05 + 1e-3, 0.51 + 0.49 * cosine)
 
 
+def load_checkpoint(path):
+    """The network of a checkpoint, on the CPU, and the dict of all that was saved with it.
+
+    ValueError if it is damaged, foreign, newer than this code, or holds what could be code.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: run python train.py first")
+    try:
+        data.check(zipfile.ZipFile(path).testzip() is None, "it is damaged")    # torch ignores sums
+        saved = torch.load(path, map_location="cpu", weights_only=True)         # runs no code
+        data.check(saved["version"] <= VERSION, f"version {saved['version']} is too new")
+        model = StefaLand(Config(**saved["config"]))
+        model.load_state_dict(saved["model"])
+        return model, saved
+    except pickle.UnpicklingError:              # torch's own text advises to load it nevertheless
+        reason = "it holds objects that could be code"
+    except Exception as error:
+        reason = f"{error!r:.200}"
+    raise ValueError(f"{path} is no checkpoint that this code can read: {reason}")
+
+
 class Windows:
     """Standardised sites, served as windows of L days without copying the data set."""
 
     def __init__(self, sites, scaling, days):
-        if len(sites.dates) < days:
-            raise ValueError(f"{len(sites.dates)} days of data, windows of {days}: lower --seq-len")
+        data.check(len(sites.dates) >= days,
+                   f"{len(sites.dates)} days of data, windows of {days}: lower --seq-len")
         forcing = scale(sites.forcing, scaling["forcing"])                      # (N, T, C)
         seen = ~np.isnan(forcing).all(-1)                                       # (N, T)
         self.first, self.last = seen.argmax(1), seen.shape[1] - seen[:, ::-1].argmax(1)
         self.days, self.forcing = days, torch.from_numpy(forcing)
         self.static = torch.from_numpy(scale(sites.static, scaling["static"]))  # (N, S)
-        self.latlon = torch.from_numpy(sites.latlon)
+        self.latlon = torch.tensor(sites.latlon)                                # (N, 2)
         self.day_of_year = torch.from_numpy(data.day_of_year(sites.dates)).float()  # (T,)
 
     def starts(self, site, rng):
@@ -183,10 +210,9 @@ class Windows:
 
     def get(self, site, start):
         """forcing (B, L, C), static (B, S), latlon (B, 2), day_of_year (B, L)."""
-        forcing = self.forcing.unfold(1, self.days, 1)      # (N, T-L+1, C, L), a view
-        days = self.day_of_year.unfold(0, self.days, 1)     # (T-L+1, L), a view
-        forcing = forcing[site, start].mT.contiguous()
-        return forcing, self.static[site], self.latlon[site], days[start]
+        day = start[:, None] + np.arange(self.days)                             # (B, L)
+        forcing = self.forcing[site[:, None], day]                              # (B, L, C)
+        return forcing, self.static[site], self.latlon[site], self.day_of_year[day]
 
 
 def tile(chosen, days, length, warmup):
@@ -201,9 +227,9 @@ def day_slice(text, dates, default):
     if not text:
         return slice(*(int(share * len(dates)) for share in default))
     first, last = map(np.datetime64, text.split("/"))
-    if not dates[0] <= first < last <= dates[-1]:
-        raise ValueError(f"period {text} is not within the data, {dates[0]} to {dates[-1]}")
-    return slice(int((first - dates[0]).astype(int)), int((last - dates[0]).astype(int)) + 1)
+    data.check(dates[0] <= first < last <= dates[-1],
+               f"period {text} is not within the data, {dates[0]} to {dates[-1]}")
+    return slice(int(np.searchsorted(dates, first)), int(np.searchsorted(dates, last)) + 1)
 
 
 def fit_scaling(values):
@@ -228,50 +254,48 @@ def scale(values, scaling):
     return ((values - mean) / std).astype(np.float32)
 
 
-def report(model, windows, training, validation, device):
+@torch.no_grad()
+def report(model, windows, training, validation):
     """Print the R2 of each hidden group at the validation sites, beside a yardstick's.
 
-    Yardsticks are fitted on the training sites: ridge regression on the attributes left visible
-    (static groups), day-of-year climatology (dynamic groups, hidden for 60 days).
+    Yardsticks know the training sites: ridge regression on the attributes of other groups (static
+    groups), the mean of the day of the year (dynamic groups, hidden for 60 days).
     """
-    site = np.repeat(validation, 4)                         # four windows of each
+    config, site = model.eval().config, np.repeat(validation, 4)                # 4 windows of each
     batch = windows.get(site, windows.starts(site, np.random.default_rng(0)))
-    forcing, static, _, doy = batch
-    table, past = windows.static.numpy(), windows.forcing[training]             # (N, S), (N, T, C)
-    climatology = torch.stack([past[:, windows.day_of_year == d].flatten(0, 1).nanmean(0)
-                               for d in range(1, 367)])[doy.long() - 1]         # (B, T, C)
-    block = slice(windows.days // 2, windows.days // 2 + 60)
+    forcing, static, _, doy = batch                         # (B, L, C), (B, S), (B, 2), (B, L)
+    past, table = windows.forcing[training].nanmean(0), windows.static.numpy()  # (T, C), (N, S)
+    days = [past[windows.day_of_year == day].nanmean(0) for day in range(1, 367)]
+    climatology = torch.stack(days)[doy.long() - 1]                             # (B, L, C)
+    fitted = torch.zeros_like(static)                                           # (B, S)
+    for v, group in enumerate(config.static_groups):
+        x = table[:, np.array(config.static_groups) != group]
+        fitted[:, v] = torch.from_numpy(ridge(x[training], table[training, v], x[site]))
+    inside = torch.zeros(windows.days, 1, dtype=torch.bool)                     # (L, 1)
+    inside[windows.days // 2:][:60] = True
+
     print(f"\nR2 at {len(validation)} validation sites, mean over the variables of a hidden group\n"
           f"{'group':<24}{'StefaLand':>10}{'yardstick':>11}")
-    for kind, groups, truth in ((1, model.eval().config.static_groups, static),
-                                (0, model.config.dynamic_groups, forcing)):
-        for group in sorted({*groups} - {"context"}):
-            member = torch.tensor([g == group for g in groups])
+    for kind, groups in ((1, config.static_groups), (0, config.dynamic_groups)):
+        for group in sorted({*groups} - {NEVER_HIDDEN}):
+            member = torch.tensor([g == group for g in groups])                 # (V,)
             hidden = [torch.zeros_like(x).bool() for x in (forcing, static, static[:, 0])]
-            hidden[kind][(..., member) if kind == 1 else (slice(None), block, member)] = True
-            with torch.no_grad():
-                guess = torch.cat([
-                    model.decode(model.encode(*x[:4], hidden=x[4:]))[kind].cpu()
-                    for x in zip(*(x.to(device).split(64) for x in (*batch, *hidden)))])
-            simple = climatology
-            if kind == 1:
-                shown, simple = table[:, ~member], torch.zeros_like(static)
-                for v in np.flatnonzero(member):
-                    fit = ridge(shown[training], table[training, v], shown[site])
-                    simple[:, v] = torch.from_numpy(fit)
-            own, other = (r_squared(truth, x, hidden[kind]) for x in (guess, simple))
+            hidden[kind] |= member if kind == 1 else inside & member
+            guess = torch.cat([
+                model.decode(model.encode(*x[:4], hidden=x[4:]))[kind].cpu()
+                for x in zip(*(x.to(model.position.device).split(64) for x in (*batch, *hidden)))])
+            own, other = (r_squared(batch[kind], x, hidden[kind])
+                          for x in (guess, (climatology, fitted)[kind]))
             if own == own:                                  # observed at these sites
                 print(f"{('dynamic ', 'static ')[kind] + group:<24}{own:>10.3f}{other:>11.3f}")
 
 
 def r_squared(truth, guess, where):
     """1 - SSE/SST over observed entries in `where`, mean over the variables (last axis) it has."""
-    scores = []
-    for y, x, w in zip(*(a.flatten(0, -2).T.double() for a in (truth, guess, where))):
-        y, x = y[(w > 0) & ~y.isnan()], x[(w > 0) & ~y.isnan()]
-        if len(y) > 1 and y.std() > 1e-6:
-            scores.append(1 - float((y - x).square().sum() / (y - y.mean()).square().sum()))
-    return np.mean(scores) if scores else math.nan
+    y = torch.where(where > 0, truth, math.nan).double().flatten(0, -2)         # (n, V)
+    sse = (y - guess.flatten(0, -2)).square().where(~y.isnan(), 0).sum(0)       # (V,)
+    sst = (y - y.nanmean(0)).square().nansum(0)
+    return (1 - sse / sst)[sst > 1e-9].mean().item()        # NaN if it has none
 
 
 def ridge(x, y, x_new):
@@ -285,13 +309,6 @@ def ridge(x, y, x_new):
     return y.mean() + (x_new - x.mean(0)) @ weights
 
 
-def split(sites, o):
-    """Indices of training and validation sites (a tenth); the fold held out is in neither."""
-    tenth = data.folds(sites, "pub", 10, seed=1) == 0
-    fold = data.folds(sites, o.holdout, o.folds) if o.holdout != "none" else -1
-    return np.flatnonzero(~tenth & (fold != o.fold)), np.flatnonzero(tenth & (fold != o.fold))
-
-
 def setup(device):
     """(rank, processes, device); joins torchrun's group, nccl on CUDA and gloo on the CPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -299,10 +316,9 @@ def setup(device):
     device = torch.device(device or default)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:    # glibc: keep freed blocks (M_MMAP_MAX, M_TRIM_THRESHOLD); faults are a tenth of a step
-        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)
-    except (OSError, AttributeError, TypeError):
-        pass                                                # another C library: only slower
+    if platform.libc_ver()[0] == "glibc":       # keep freed blocks: faults are a tenth of a step
+        ctypes.CDLL(None).mallopt(-4, 0)                                        # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)                              # M_TRIM_THRESHOLD
     return rank, world, device
 
 
@@ -310,7 +326,7 @@ def parse(options, description, argv, defaults=None):
     """The command line as an instance of a dataclass of options; --seq-len is its field seq_len."""
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in dataclasses.fields(options):
+    for f in fields(options):
         kind = dict(action="store_true") if f.default is False else dict(type=type(f.default))
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind,
                             help=f.metadata["help"] + f" [{f.default}]" * bool(f.default))
@@ -320,11 +336,10 @@ def parse(options, description, argv, defaults=None):
 
 def main(argv=None):
     o = parse(Options, __doc__, argv)
-    if o.resume:
-        saved = torch.load(Path(o.out) / "pretrained.pt", weights_only=True)
-        o = parse(Options, __doc__, argv, saved["options"])
-    if o.preset not in PRESETS:
-        raise ValueError(f"--preset {o.preset}: expected one of {[*PRESETS]}")
+    if o.resume:                                            # its options, but for those given now
+        saved = load_checkpoint(Path(o.out) / "pretrained.pt")[1]
+        o = parse(Options, __doc__, argv, saved["options"] | {"out": o.out})
+    data.check(o.preset in PRESETS, f"--preset {o.preset}: expected one of {[*PRESETS]}")
     for name, value in TRAINING[o.preset].items():
         setattr(o, name, getattr(o, name) or value)
     if o.quick:
