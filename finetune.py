@@ -24,9 +24,9 @@ import torch.nn.functional as F
 
 import data
 from eval import skill
-from model import Config, Dropout, DynamicWorld, StefaLand, UNet
-from train import (Windows, day_slice, descend, fit_scaling, learning_rate, option, parse, scale,
-                   setup, tile)
+from model import Dropout, DynamicWorld, StefaLand, UNet
+from train import (Windows, day_slice, descend, fit_scaling, learning_rate, load_checkpoint,
+                   option, parse, scale, setup, tile)
 
 
 @dataclass
@@ -200,14 +200,9 @@ def widen(pretrained):
 
 def load_encoder(path, sites, device):
     """The frozen network of a checkpoint, its scaling and sites, and `sites` in its variables."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no checkpoint {path}: run python train.py first")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        model = StefaLand(Config(**saved["config"]))
-        model.load_state_dict(saved["model"])
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of train.py: {error}") from error
+    model, saved = load_checkpoint(path)
+    if saved["step"] < saved["options"]["steps"]:
+        print(f"{path}: pretrained for {saved['step']} of {saved['options']['steps']} steps only")
     arranged = {}
     for field, name in (("forcing", "dynamic_names"), ("static", "static_names")):
         own, known, values = getattr(sites, name), getattr(model, name), getattr(sites, field)
@@ -308,7 +303,7 @@ def prepare(o, variant, sites, windows, sets, encoder, inputs):
         kinds = int(np.nanmax(sites.target)) + 1 if o.task == "landcover" else 1
         model = IMAGE_NETS[variant](sites.patches.shape[1], kinds).to(device)
         return model, lambda key, i, patch: model(patch.to(device)).flatten(2).squeeze(1)
-    use, vectors = VARIANTS[variant][0], torch.from_numpy(sites.vectors).nan_to_num()
+    use, vectors = VARIANTS[variant][0], torch.tensor(sites.vectors).nan_to_num()
     if use == "frozen":
         coded = {key: encode_windows(encoder, inputs, *x, daily, o) for key, x in sets.items()}
     if use == "direct":
@@ -368,7 +363,7 @@ def run(o, variant, sites, fold_of, fold, seed):
     maps = np.moveaxis(sites.patches, 1, -1)                                    # (N, H, W, K)
     if maps.size:
         maps = scale(maps, fit_scaling(maps[training]))
-    patches = torch.from_numpy(np.moveaxis(maps, -1, 1))                        # (N, K, H, W)
+    patches = torch.tensor(np.moveaxis(maps, -1, 1))                            # (N, K, H, W)
 
     encoder, inputs, overlap, length = None, None, 0, min(365, len(sites.dates))
     if VARIANTS.get(variant, [""])[0] in ("frozen", "random", "direct"):

@@ -80,7 +80,8 @@ def train(o, sites):
     config = Config(*names, *groups, **PRESETS[o.preset] | changes)
     model = StefaLand(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
-    scaling = {key: fit_scaling(getattr(sites, key)[training]) for key in ("forcing", "static")}
+    some = training[::(len(training) - 1) // 2000 + 1]      # statistics of at most 2,000 sites
+    scaling = {key: fit_scaling(getattr(sites, key)[some]) for key in ("forcing", "static")}
     ids, latlon = sites.ids[training].tolist(), torch.tensor(sites.latlon[training])
     if o.resume:
         old, saved = load_checkpoint(checkpoint)
@@ -189,15 +190,15 @@ def load_checkpoint(path):
 
 
 class Windows:
-    """Standardised sites, served as windows of L days without copying the data set."""
+    """Standardised sites, served as windows of L days; the daily data may stay on disk (memmap)."""
 
     def __init__(self, sites, scaling, days):
         data.check(len(sites.dates) >= days,
                    f"{len(sites.dates)} days of data, windows of {days}: lower --seq-len")
-        forcing = scale(sites.forcing, scaling["forcing"])                      # (N, T, C)
-        seen = ~np.isnan(forcing).all(-1)                                       # (N, T)
+        self.days, self.forcing, self.scaling = days, sites.forcing, scaling["forcing"]
+        parts = np.array_split(sites.forcing, len(sites.ids) // 1000 + 1)
+        seen = np.concatenate([~np.isnan(part).all(-1) for part in parts])      # (N, T)
         self.first, self.last = seen.argmax(1), seen.shape[1] - seen[:, ::-1].argmax(1)
-        self.days, self.forcing = days, torch.from_numpy(forcing)
         self.static = torch.from_numpy(scale(sites.static, scaling["static"]))  # (N, S)
         self.latlon = torch.tensor(sites.latlon)                                # (N, 2)
         self.day_of_year = torch.from_numpy(data.day_of_year(sites.dates)).float()  # (T,)
@@ -211,7 +212,8 @@ class Windows:
     def get(self, site, start):
         """forcing (B, L, C), static (B, S), latlon (B, 2), day_of_year (B, L)."""
         day = start[:, None] + np.arange(self.days)                             # (B, L)
-        forcing = self.forcing[site[:, None], day]                              # (B, L, C)
+        forcing = scale(self.forcing[site[:, None], day], self.scaling)         # (B, L, C)
+        forcing = torch.from_numpy(forcing)
         return forcing, self.static[site], self.latlon[site], self.day_of_year[day]
 
 
@@ -258,13 +260,14 @@ def scale(values, scaling):
 def report(model, windows, training, validation):
     """Print the R2 of each hidden group at the validation sites, beside a yardstick's.
 
-    Yardsticks know the training sites: ridge regression on the attributes of other groups (static
+    Yardsticks know training sites: ridge regression on the attributes of other groups (static
     groups), the mean of the day of the year (dynamic groups, hidden for 60 days).
     """
     config, site = model.eval().config, np.repeat(validation, 4)                # 4 windows of each
     batch = windows.get(site, windows.starts(site, np.random.default_rng(0)))
     forcing, static, _, doy = batch                         # (B, L, C), (B, S), (B, 2), (B, L)
-    past, table = windows.forcing[training].nanmean(0), windows.static.numpy()  # (T, C), (N, S)
+    past = scale(windows.forcing[training[:500]], windows.scaling)              # (500, T, C)
+    past, table = torch.from_numpy(past).nanmean(0), windows.static.numpy()     # (T, C), (N, S)
     days = [past[windows.day_of_year == day].nanmean(0) for day in range(1, 367)]
     climatology = torch.stack(days)[doy.long() - 1]                             # (B, L, C)
     fitted = torch.zeros_like(static)                                           # (B, S)
