@@ -1,7 +1,8 @@
 """Metrics, and tables and figures over every run that finetune.py left under out/runs.
 
     python eval.py              a row per setting and model: score ± standard error over folds
-    python eval.py --plot       figures too: distribution, map, hydrographs, skill against labels
+    python eval.py --plot       figures too: distribution, map, hydrographs, skill against labels,
+                                weather reconstructed by out/pretrained.pt
     python eval.py --landcover DIR --weights DIR    Sentinel-2 scenes by Dynamic World: the months
 """
 
@@ -17,7 +18,7 @@ import torch
 
 import data
 from model import DynamicWorld
-from train import option, parse
+from train import Windows, load_checkpoint, option, parse
 
 BASELINES = ("lstm", "mlp", "cnn", "pixel")
 # of data.LAND_COVER, as Dynamic World draws them
@@ -205,6 +206,31 @@ def plot(runs, folder):
     figure.savefig(Path(folder, "labels.png"), dpi=80)
 
 
+def plot_reconstruction(folder, days=60):
+    """Draw reconstruction.png: a year of weather at a site that folder's encoder was not trained
+    on, each group of variables hidden in turn for some days, and what the network puts there."""
+    from matplotlib.figure import Figure
+    model, saved = load_checkpoint(Path(folder, "pretrained.pt"))
+    options, groups = saved["options"], np.array(model.eval().config.dynamic_groups)
+    sites = data.load(options["data"], cache=Path(folder, "cache"), quick=options["quick"])
+    windows = Windows(sites, saved["scaling"], model.config.max_days)
+    site = np.flatnonzero(~np.isin(sites.ids, saved["ids"]))[:1].repeat(len(groups))
+    batch = windows.get(site, windows.starts(site[:1], np.random.default_rng(0)).repeat(len(site)))
+    hidden = torch.zeros_like(batch[0]).bool()              # (C, L, C): the groups in turn
+    block = slice(windows.days // 2, windows.days // 2 + days)
+    hidden[:, block] = torch.from_numpy(groups == groups[:, None])[:, None]
+    with torch.no_grad():
+        guess = model.decode(model.encode(*batch, hidden=(hidden, None, None)))[0]
+    figure = Figure((10, 1.5 * len(groups)), layout="constrained")
+    for c, axis in enumerate(np.ravel(figure.subplots(len(groups), 1, sharex=True))):
+        axis.plot(batch[0][c, :, c], "k", lw=0.8, label="observed")
+        axis.plot(np.arange(windows.days)[block], guess[c, block, c], label="hidden, reconstructed")
+        axis.set(ylabel=sites.dynamic_names[c])
+    axis.set(xlabel=f"day of a year at {sites.ids[site[0]]}; standardised values")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figure.savefig(Path(folder, "reconstruction.png"), dpi=80)
+
+
 def monthly(classes, clear, dates):
     """Shares of the 9 classes among the clear pixels, by month and over all months (the mean of the
     months), and the share that is clear: {month: (10,)}; classes, clear (T, H, W), dates (T,)."""
@@ -267,6 +293,8 @@ def main(argv=None):
     table(runs)
     if o.plot:
         plot(runs, o.out)
+        if Path(o.out, "pretrained.pt").exists():
+            plot_reconstruction(o.out)
 
 
 if __name__ == "__main__":
