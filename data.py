@@ -744,7 +744,7 @@ def save_arrays(folder, arrays):
 
 def write_atomically(path, write):
     """Call write(file) on a temporary file, then rename it to `path`: never half an output."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.new")         # a killed one is written over
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
