@@ -278,18 +278,22 @@ def goal(sites, task, training, past):
     """
     _, forth, _, error, _ = TASKS[task]
     observed, centre, spread = sites.target.reshape(len(sites.ids), -1), 0.0, 1.0
-    learned, weight = forth(observed), torch.ones(len(observed), 1)
+    learned, of_site, of_class = forth(observed), torch.ones(len(observed), 1), torch.ones(1)
     if error is squared:
         centre, spread = np.nanmean(learned[training, past]), np.nanstd(learned[training, past])
     if sites.target.ndim == 2:
         deviation = np.nanstd(learned[training, past], 1, keepdims=True) / spread
-        weight[training] = torch.from_numpy(1 / (deviation + 0.1) ** 2).float() # (sites, 1)
+        of_site[training] = torch.from_numpy(1 / (deviation + 0.1) ** 2).float()
     learned = torch.from_numpy((learned - centre) / spread).float()
-    weigh = lambda site, truth: weight[site].expand(truth.shape)
     if error is classes:
         label = learned[training][~learned[training].isnan()].long()
-        rarity = len(label) / label.bincount(minlength=int(np.nanmax(observed)) + 1).clamp(min=1)
-        weigh = lambda site, truth: rarity[truth.long()] / len(rarity)
+        count = label.bincount(minlength=int(np.nanmax(observed)) + 1)
+        of_class = label.numel() / count.clamp(min=1) / len(count)
+
+    def weigh(site, truth):                                 # (B,), (B, L) -> (B, L)
+        rarity = of_class[truth.long()] if error is classes else of_class
+        return of_site[site] * rarity.expand(truth.shape)
+
     return learned, weigh, (centre, spread)
 
 
