@@ -125,9 +125,10 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", stati
     if cache:                               # what is not used stays on disk
         try:
             arrays = {file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")}
-        except (OSError, ValueError, EOFError) as error:
+            names = {k: tuple(x.tolist()) for k, x in arrays.items() if "names" in k}
+            sites = Sites(**arrays | names)
+        except Exception as error:
             raise ValueError(f"{path} is damaged ({error}): delete it") from None
-        sites = Sites(**{k: tuple(x.tolist()) if "names" in k else x for k, x in arrays.items()})
     print(f"{spec}: {len(sites.ids)} sites, {sites.dates[0]} to {sites.dates[-1]}; daily "
           f"{', '.join(sites.dynamic_names)}; {len(sites.static_names)} attributes, "
           f"{np.isnan(sites.static).sum()} of {sites.static.size} values missing")
@@ -637,6 +638,7 @@ def blocks(path, image, size=20, margin=10, **maps):
 
     Its patch shows a margin round the block too; there, and without data, the maps are NaN.
     """
+    check(not np.isnan(image).any(), f"{path}: the image has pixels without data (NaN)")
     H, W = image.shape[1:]
     pad = [(margin, margin + -length % size) for length in (H, W)]
     image = np.pad(image, ((0, 0), *pad), mode="edge")

@@ -286,8 +286,9 @@ def goal(sites, task, training, past):
         of_site[training] = torch.from_numpy(1 / (deviation + 0.1) ** 2).float()
     learned = torch.from_numpy((learned - centre) / spread).float()
     if error is classes:
-        label = learned[training][~learned[training].isnan()].long()
-        count = label.bincount(minlength=int(np.nanmax(observed)) + 1)
+        label = learned[training][~learned[training].isnan()]
+        data.check(bool((label % 1 == 0).all()), f"{task}: classes must be 0, 1, 2 and so on")
+        count = label.long().bincount(minlength=int(np.nanmax(observed)) + 1)
         of_class = label.numel() / count.clamp(min=1) / len(count)
 
     def weigh(site, truth):                                 # (B,), (B, L) -> (B, L)

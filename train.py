@@ -179,6 +179,8 @@ def load_checkpoint(path):
         data.check(zipfile.ZipFile(path).testzip() is None, "it is damaged")    # torch ignores sums
         saved = torch.load(path, map_location="cpu", weights_only=True)         # runs no code
         data.check(saved["version"] <= VERSION, f"version {saved['version']} is too new")
+        lacks = {"scaling", "options", "optimizer", "step", "ids"} - saved.keys()
+        data.check(not lacks, f"it lacks {', '.join(sorted(lacks))}")
         model = StefaLand(Config(**saved["config"]))
         model.load_state_dict(saved["model"])
         return model, saved
