@@ -318,7 +318,8 @@ MISSING, EPOCH = {"": "nan", "NA": "nan", "NULL": "nan"}, np.datetime64("1970-01
 def parsed(fields, kind, bad):
     """Text as an array, `bad` in place of what is not of this kind."""
     try:
-        return np.array(fields, kind)
+        with np.errstate(over="ignore"):                    # 1e39 becomes infinite
+            return np.array(fields, kind)
     except ValueError:
         if len(fields) == 1:
             return np.array([bad], kind)

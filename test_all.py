@@ -1,6 +1,7 @@
 """All tests: python test_all.py [part of a name], or pytest. Real data: $MINSTEFALAND_REAL."""
 
 import os
+import re
 import sys
 import time
 import unittest
@@ -240,6 +241,42 @@ def test_broken_archives_are_refused():
         raises(ValueError, complaint, data.load, archives(old, new), cache=None)
     raises(FileNotFoundError, "nowhere", data.load, "caravan:/nowhere")
     raises(ValueError, "pigeon.*caravan", data.load, "pigeon:/")
+
+
+def test_fuzzed_archives_load_or_say_why():
+    def numbers(text):
+        return lambda t: re.sub(r"\d+\.\d+", text, t)
+
+    harmless = {"BOM": lambda t: "\ufeff" + t, "CRLF": lambda t: t.replace("\n", "\r\n"),
+                "blank lines": lambda t: t + "\n\n"}
+    harmful = {"half": lambda t: t[:len(t) // 2], "empty": lambda t: "",
+               "header": lambda t: t.split("\n")[0], "twice": lambda t: t + "\n" + t,
+               "separator": lambda t: t.translate(str.maketrans(",;\t", ";,|")),
+               "infinite": numbers("1e39"), "-inf": numbers("-inf"), "words": numbers("a'b"),
+               "today": lambda t: t.replace("2000", "today"),
+               "no date": lambda t: t.replace("-01", "-31"),
+               "field": lambda t: t.replace("\n", "\n1,", 2),
+               "quote": lambda t: t.replace(",", ',"', 2)}
+    kinds = {"attributes": "caravan", "timeseries": "caravan", "basin_mean": "camels",
+             "usgs": "camels", "camels_": "camels", "net": "ismn", "w_": "wosis"}
+    origin, outcomes = Path(archives().split(":")[2]), []
+    for path in sorted(path for path in origin.rglob("*.*") if path.is_file()):
+        text, name = path.read_text(encoding="utf-8"), str(path.relative_to(origin))
+        kind = next(kind for start, kind in kinds.items() if name.startswith(start))
+        target = "soil_moisture" if kind == "ismn" else "streamflow"
+        whole = vars(data.load(f"{kind}:{origin}", target, cache=None))
+        for change, mutate in (harmless | harmful).items():
+            path.write_text(mutate(text), encoding="utf-8", newline="")
+            try:
+                sites = vars(data.load(f"{kind}:{origin}", target, cache=None))
+                assert not np.isinf(sites["forcing"]).any() and not np.isinf(sites["static"]).any()
+                if change in harmless:
+                    np.testing.assert_equal(sites, whole)
+            except (ValueError, FileNotFoundError) as error:
+                assert change in harmful and origin.name in str(error), (name, change, error)
+                outcomes.append(change)
+        path.write_text(text, encoding="utf-8", newline="")
+    assert {*outcomes} >= {*harmful} - {"twice"} and len(outcomes) > 60, outcomes
 
 
 @needs_real_data
