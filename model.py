@@ -88,8 +88,9 @@ class StefaLand(nn.Module):
         if self.location is not None:
             latlon = static.new_full((len(static), 2), math.nan) if latlon is None else latlon
             site = site + self.location(latlon, hide_location)
-        tokens = torch.cat([days, site[:, None]], 1)                            # (B, T+1, D)
-        return self.dropout(tokens + self.position[:tokens.shape[1]])
+        tokens = torch.cat([days, site[:, None].to(days.dtype)], 1)             # (B, T+1, D)
+        # under autocast all stays in bfloat16, residual path and norms too: half the memory traffic
+        return self.dropout(tokens + self.position[:tokens.shape[1]].to(days.dtype))
 
     def encode(self, forcing, static, latlon=None, day_of_year=None, hidden=None):
         """Embedding of each day and, last, of the site: (B, T, C), (B, S) -> (B, T+1, D) (A.4).
@@ -237,7 +238,7 @@ class VariableProjection(nn.Module):
 
     def forward(self, x):
         h = F.gelu(linear(x, self.w1, self.b1))                                 # (..., V hidden)
-        return h @ torch.block_diag(*self.w2[:, None]).T + self.b2              # (..., V)
+        return linear(h, torch.block_diag(*self.w2[:, None]), self.b2)          # (..., V)
 
 
 class LocationEncoding(nn.Module):
