@@ -278,6 +278,7 @@ def read_table(path, numbers, texts=(), delimiter=",", header=None, rows=slice(0
     delimiter None = blanks; empty, NA and -999 = NaN. ValueError names the file and its line and
     value, or the column that is missing; `numbers` may be, if optional.
     """
+    check(Path(path).is_file(), f"{path} is not a file")
     lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()[rows]
     split = map(str.split, lines)
     if delimiter:
@@ -379,6 +380,7 @@ def read_series(path, source, lat, **layout):
         if "vp(Pa)" in table:                               # saturation pressure: FAO-56 eq. 11
             humidity = table["vp(Pa)"] / (6.108 * np.exp(17.27 * t / (t + 237.3)))
             series["humidity"] = np.clip(humidity, 0, 100)
+    check(("dayl(s)" in table) == ("srad(W/m2)" in table), f"{path}: dayl(s) or srad alone")
     if "dayl(s)" in table:                                  # mean over daylight -> over the day
         series["shortwave"] = series["shortwave"] * table["dayl(s)"] / 86400
     if "streamflow" in table:

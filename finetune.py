@@ -457,6 +457,7 @@ def main(argv=None):
     o = parse(Options, __doc__, argv)
     data.check(o.task in TASKS, f"--task '{o.task}': expected one of {', '.join(TASKS)}")
     o.model = o.model or TASKS[o.task][-1]
+    Path(o.out, "runs").mkdir(parents=True, exist_ok=True)  # or fail now, not after training
     known = IMAGE_NETS if TASKS[o.task][0] == "map" else VARIANTS
     for name, known in [(o.adapter, ADAPTERS), *((name, known) for name in o.model.split(","))]:
         data.check(name in known, f"'{name}': expected one of {', '.join(known)}")

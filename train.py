@@ -144,7 +144,7 @@ def train(o, sites):
     if stop:
         say(f"stopped after step {step}; continue with --resume")
     elif rank == 0 and len(validation):
-        report(model, windows, training, validation)
+        report(model, windows, training, validation[:250])
     if world > 1:
         dist.destroy_process_group()
 
