@@ -367,7 +367,8 @@ def test_checkpoint_resume_and_holdout():
 def test_bad_checkpoints_are_refused():
     path, m, load = Path(mkdtemp(), "pretrained.pt"), small()[0], train.load_checkpoint
     raises(FileNotFoundError, "pretrained.pt: run python train.py", load, path)
-    good = dict(version=train.VERSION, config=vars(m.config), model=m.state_dict())
+    good = dict(version=train.VERSION, config=vars(m.config), model=m.state_dict(), step=1,
+                scaling={}, options={}, optimizer={}, ids=[])
     torch.save(good, path)
     loaded, saved = load(path)
     assert loaded.config == m.config and saved.keys() == good.keys()
@@ -377,6 +378,7 @@ def test_bad_checkpoints_are_refused():
             (whole[:len(whole) // 2], "not a zip"), (b"text", "not a zip"), (b"", "not a zip"),
             (whole[:at] + b"1234" + whole[at + 4:], "damaged"), ({"a": 1}, "KeyError.*version"),
             (good | {"version": train.VERSION + 1}, "version 2 is too new"),
+            ({k: x for k, x in good.items() if k != "ids"}, "it lacks ids"),
             (good | {"x": os.system}, "could be code"), (good | {"config": {}}, "RuntimeError")):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         raises(ValueError, "pretrained.pt is no checkpoint .*" + reason, load, path)
