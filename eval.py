@@ -157,7 +157,7 @@ def table(runs):
                 if "auc" in total:      # probabilities of different folds must not be ranked as one
                     mean = np.mean(by_fold)
                 error = ratio(np.nanstd(by_fold), (len(folds) - 1) ** 0.5)
-                line += f"  {metric} {mean:.3f} ± {error:.3f}"
+                line += f"  {metric} {mean:.3f}" + f" ± {error:.3f}" * (len(folds) > 1)
             gain = np.array([mine[site] - base[site] for site in mine.keys() & base.keys()])
             gain = gain[np.isfinite(gain) & (gain != 0)]
             if len(gain):
