@@ -1,7 +1,7 @@
 """Predict at sites without observations: frozen encoder, residual adapter, small head.
 
     python train.py && python finetune.py               streamflow: resconn and the LSTM, one fold
-    python finetune.py --task soil                      likewise soil_moisture, landslide
+    python finetune.py --task soil                      or one of the other TASKS below
     python finetune.py --model resconn,lstm --labelled 60 --seeds 3 --fold all
     python finetune.py --data caravan:DIR --checkpoint out/pub{fold}/pretrained.pt --fold all
     python eval.py                                      the table over all runs
@@ -15,6 +15,7 @@ import json
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,17 +67,8 @@ class Options:
     quick: bool = option(False, "the same path in under a minute, nothing learned")
 
 
-def same(y):
-    """What is learned without being transformed."""
-    return y
-
-
-def squared(guess, truth):
-    return (guess - truth).square()
-
-
-def binary(guess, truth):
-    return F.binary_cross_entropy_with_logits(guess, truth, reduction="none")
+squared = partial(F.mse_loss, reduction="none")
+binary = partial(F.binary_cross_entropy_with_logits, reduction="none")
 
 
 def classes(guess, truth):
@@ -86,11 +78,11 @@ def classes(guess, truth):
 TASKS = {  # head, target -> what is learned, outputs -> target, loss, models compared by default
     "streamflow": ("lstm", lambda y: np.sqrt(np.maximum(y, 0)), lambda y: np.maximum(y, 0) ** 2,
                    squared, "resconn,lstm"),
-    "soil_moisture": ("lstm", same, same, squared, "resconn,lstm"),
-    "soil": ("mlp", same, same, squared, "resconn,mlp,glm"),
-    "landslide": ("cnn", same, lambda y: 1 / (1 + np.exp(-y)), binary, "resconn,cnn,glm"),
-    "landcover": ("map", same, lambda y: y.argmax(1), classes, "unet,pixel"),
-    "height": ("map", same, same, squared, "unet,unet++,pixel"),
+    "soil_moisture": ("lstm", np.asarray, np.asarray, squared, "resconn,lstm"),
+    "soil": ("mlp", np.asarray, np.asarray, squared, "resconn,mlp,glm"),
+    "landslide": ("cnn", np.asarray, lambda y: 1 / (1 + np.exp(-y)), binary, "resconn,cnn,glm"),
+    "landcover": ("map", np.asarray, lambda y: y.argmax(1), classes, "unet,pixel"),
+    "height": ("map", np.asarray, np.asarray, squared, "unet,unet++,pixel"),
 }
 IMAGE_NETS = {  # variants of the last two: channels in and out -> network
     "unet": lambda c, k: UNet(c, k, width=16),
@@ -248,8 +240,8 @@ def choose_sites(o, sites, fold_of, fold, rng):
     test = np.flatnonzero(wanted & (fold_of == fold))
     pool = rng.permutation(np.flatnonzero(wanted & (fold_of != fold)))[:o.labelled or None]
     validation, training = map(np.sort, np.split(pool, [max(len(pool) // 7, 1)]))
-    if not len(test) or not len(training):
-        raise ValueError(f"fold {fold}: {len(test)} test and {len(training)} training sites")
+    data.check(len(test) and len(training),
+               f"fold {fold}: {len(test)} test and {len(training)} training sites")
     return training, validation, test
 
 
@@ -375,13 +367,13 @@ def run(o, variant, sites, fold_of, fold, seed):
         path = (o.checkpoint or f"{o.out}/pretrained.pt").replace("{fold}", str(fold))
         encoder, saved, view = load_encoder(path, sites, device)
         overlap = len({*map(data.gauge, sites.ids[test])} & {*map(data.gauge, saved["ids"])})
-        if overlap and not o.allow_overlap:
-            raise ValueError(f"{path} has seen {overlap} of the {len(test)} test sites; pretrain "
-                             f"with --holdout {o.holdout} --folds {o.folds} --fold {fold}")
+        data.check(o.allow_overlap or not overlap,
+                   f"{path} has seen {overlap} of the {len(test)} test sites; pretrain "
+                   f"with --holdout {o.holdout} --folds {o.folds} --fold {fold}")
         length = encoder.config.max_days
         inputs = Windows(view, saved["scaling"], length)
-    if daily and length <= o.warmup:
-        raise ValueError(f"windows of {length} days, of which --warmup {o.warmup} are not scored")
+    data.check(not daily or length > o.warmup,
+               f"windows of {length} days, of which --warmup {o.warmup} are not scored")
     span, warmup = (length, o.warmup) if daily else (observed.shape[1], 0)
     windows = Windows(sites, scaling, span if daily else 1)
     sets = {key: tile(chosen, days, span, warmup) for key, chosen, days in (
