@@ -536,11 +536,13 @@ def join_vectors(sites, path, within=5.0):
         vectors = np.stack([table[name] for name in names], 1)                  # (n, 64)
     if by_id:
         row = {site: i for i, site in enumerate(table["id"])}
-        check(len(row) == len(vectors), f"{path}: the same id twice")
+        twice = [site for i, site in enumerate(table["id"]) if row[site] != i]
+        check(not twice, f"{path}: the id {twice[:1]} twice")
         found = np.array([row.get(site, -1) for site in sites.ids])
     else:
         places = np.stack([table["lat"], table["lon"]], 1)
-        check(not (abs(places) > (90, 360)).any(), f"{path}: a place out of range")
+        wrong = places[(abs(places) > (90, 360)).any(1)]
+        check(not len(wrong), f"{path}: latitude and longitude {wrong[:1]} out of range")
         cosine = on_sphere(sites.latlon) @ on_sphere(places).T                  # (N, n)
         found = np.where(cosine.max(1) > np.cos(within / 6371), cosine.argmax(1), -1)
     check((found >= 0).any(), f"{path}: has a vector for none of the sites")
@@ -648,6 +650,7 @@ def blocks(path, image, size=20, margin=10, **maps):
     frame = np.pad(np.zeros((size, size), np.float32), margin, constant_values=np.nan)
     for name, y in maps.items():
         check(y.shape == (H, W), f"{path}: an image of {H} x {W} and a map of {y.shape}")
+        check(not np.isnan(y).all(), f"{path}: no pixel of the map {name} is known")
         maps[name] = np.pad(y.astype(np.float32), pad, constant_values=np.nan)
     for i, j in np.ndindex(-(-H // size), -(-W // size)):
         at = tuple(slice(k * size, (k + 1) * size + 2 * margin) for k in (i, j))
