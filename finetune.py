@@ -299,7 +299,13 @@ def prepare(o, variant, sites, windows, sets, encoder, inputs):
     if variant in IMAGE_NETS:
         kinds = int(np.nanmax(sites.target)) + 1 if o.task == "landcover" else 1
         model = IMAGE_NETS[variant](sites.patches.shape[1], kinds).to(device)
-        return model, lambda key, i, patch: model(patch.to(device)).flatten(2).squeeze(1)
+
+        def turned(key, i, patch):                          # mean of four turns, but in training
+            turns = [0] if model.training else range(4)
+            out = [model(patch.to(device).rot90(k, (2, 3))).rot90(-k, (2, 3)) for k in turns]
+            return torch.stack(out).mean(0).flatten(2).squeeze(1)               # (B, H W)
+
+        return model, turned
     use, vectors = VARIANTS[variant][0], torch.tensor(sites.vectors).nan_to_num()
     if use == "frozen":
         coded = {key: encode_windows(encoder, inputs, *x, daily, o) for key, x in sets.items()}
