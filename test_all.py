@@ -216,6 +216,8 @@ def test_archives_of_the_other_tasks():
     path.with_suffix(".csv").write_text("\n".join(map(",".join, table)))
     s = data.join_vectors(s, path.with_suffix(".csv"))
     assert np.isnan(s.vectors[0]).all() and (s.vectors[1] == 0.5).all()
+    path.with_suffix(".csv").write_text("\n".join(map(",".join, [*table, table[1]])))
+    raises(ValueError, "id .*us_2.* twice", data.join_vectors, s, path.with_suffix(".csv"))
     folder = archives("45.0 9.0", "45.0").split(":")[2]
     raises(ValueError, "stm, line 1: 8 fields", data.load, f"ismn:{folder}", cache=None)
 
@@ -237,7 +239,8 @@ def test_broken_archives_are_refused():
             ("2,11,9", "2,11", "us_1.csv, line 3.*4 fields"), ("86400000", "0", "line 3.*area"),
             ("2,11,9", "two,11,9", "us_1.csv, line 3.*'two'"), ("41,285.5", "95,0", "us_2.*95"),
             ("2000-01-03", "2000-01-01", "us_1 .*same date twice"),
-            ("us_2,C", "us_1,C", "_other_.*twice"), ("2000-01-03", "soon", "csv, line 3.*soon")):
+            ("us_2,C", "us_1,C", "_other_.*twice"), ("2000-01-03", "soon", "csv, line 3.*soon"),
+            ("2000-01-03", "today", "us_1.csv, line 3: date is 'today'")):
         raises(ValueError, complaint, data.load, archives(old, new), cache=None)
     raises(FileNotFoundError, "nowhere", data.load, "caravan:/nowhere")
     raises(ValueError, "pigeon.*caravan", data.load, "pigeon:/")
