@@ -110,6 +110,7 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", stati
     path = Path(cache or "", hashlib.sha256(repr(key).encode()).hexdigest()[:16])
     if not (cache and path.exists()):
         records = [site for kind, folder in sources for site in READERS[kind](Path(folder))]
+        check(records, f"{spec}: no site found")
         if static_only:                     # each gauge once, and not those known by little
             most = max(len(known) for _, _, known, _ in records)
             once = {gauge(site[0]): site for site in reversed(records) if len(site[2]) > most / 2}
@@ -118,7 +119,6 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", stati
             kept = [site for site in records if site[3]] or records
         print(f"{spec}: {len(records) - len(kept)} of {len(records)} sites left out, they lack "
               + ("most attributes" if static_only else "a daily series"))
-        check(kept, f"{spec}: no site found")
         sites = assemble(kept, target)
         if cache:
             save_arrays(path, vars(sites))
