@@ -271,12 +271,11 @@ def assemble(records, target):
                  np.empty((len(ids), 0), np.float32))
 
 
-def read_table(path, numbers, texts=(), delimiter=",", header=None, rows=slice(0, None),
-               optional=False):
-    """A text table's columns: float32 for `numbers`, days for "date", text for `texts`.
+def read_table(path, numbers, required=(), delimiter=",", header=None, rows=slice(0, None)):
+    """A text table's columns: float32 for `numbers`, days for "date", else text.
 
     delimiter None = blanks; empty, NA and -999 = NaN. ValueError names the file and its line and
-    value, or the column that is missing; `numbers` may be, if optional.
+    value, or the required column that is missing.
     """
     check(Path(path).is_file(), f"{path} is not a file")
     lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()[rows]
@@ -297,34 +296,31 @@ def read_table(path, numbers, texts=(), delimiter=",", header=None, rows=slice(0
     if {"Year", "Mnth", "Day"} <= columns.keys():
         ymd = zip(columns["Year"], columns["Mnth"], columns["Day"])
         columns["date"] = [f"{year}-{month:0>2}-{day:0>2}" for year, month, day in ymd]
-    absent = {*texts, *(() if optional else numbers)} - columns.keys()
+    absent = {*required} - columns.keys()
     check(not absent, f"{path}: no column {', '.join(sorted(absent))} among {header}")
     for name in columns.keys() & {"date", *numbers}:
-        if name == "date":                                  # numpy reads "2000" and "today" too
-            fields = [field.replace("/", "-") for field in columns[name]]
-            values = parsed(fields, "datetime64[D]", "NaT")
-            wrong = (values.astype(str) != fields) | ~(abs(values - EPOCH) < 120_000)
-        else:
-            values = parsed([MISSING.get(x, x) for x in columns[name]], "float32", np.inf)
-            wrong = np.isinf(values)
-        for i in np.flatnonzero(wrong):
+        convert, kind = (DAYS.get, "datetime64[D]") if name == "date" else (number, np.float32)
+        values = [convert(field) for field in columns[name]]
+        if None in values:
+            i = values.index(None)
             raise ValueError(f"{path}, line {table[i][0]}: {name} is '{columns[name][i]}'")
-        columns[name] = values if name == "date" else np.where(values < -998, np.nan, values)
+        columns[name] = np.array(values, kind)
     return columns
 
 
-MISSING, EPOCH = {"": "nan", "NA": "nan", "NULL": "nan"}, np.datetime64("1970-01-01")
-
-
-def parsed(fields, kind, bad):
-    """Text as an array, `bad` in place of what is not of this kind."""
+def number(field):
+    """A field -> float; NaN for -999, NA and empty, None for what is no float32."""
     try:
-        with np.errstate(over="ignore"):                    # 1e39 becomes infinite
-            return np.array(fields, kind)
+        value = float(field or "nan")
     except ValueError:
-        if len(fields) == 1:
-            return np.array([bad], kind)
-        return np.concatenate([parsed([field], kind, bad) for field in fields])
+        return np.nan if field in ("NA", "NULL") else None
+    return None if abs(value) > 3.4e38 else np.nan if value < -998 else value
+
+
+# every date that a table may hold, as 2000-01-31 or 2000/01/31, in days since 1970
+DAYS = np.arange("1800-01-01", "2200-01-01", dtype="datetime64[D]")
+DAYS = {form: day for text, day in zip(DAYS.astype(str).tolist(), DAYS.astype(int).tolist())
+        for form in (text, text.replace("-", "/"))}
 
 
 def read_npz(path, **axes):
@@ -354,8 +350,7 @@ def read_attributes(paths, source, delimiter=","):
     names |= {"gauge_lat": ("gauge_lat", ""), "gauge_lon": ("gauge_lon", "")}
     sites = {}
     for path in paths:
-        table = read_table(path, {column for column, _ in names.values()}, ["gauge_id"], delimiter,
-                           optional=True)
+        table = read_table(path, {column for column, _ in names.values()}, ["gauge_id"], delimiter)
         keys, count = np.unique(table["gauge_id"], return_counts=True)
         check((count < 2).all(), f"{path}: site {keys[count.argmax()]} twice")
         for name, (column, factor) in names.items():
@@ -367,7 +362,7 @@ def read_attributes(paths, source, delimiter=","):
 def read_series(path, source, lat, **layout):
     """{variable or "streamflow": (dates, values)} of a daily table; PET is derived."""
     wanted = {"streamflow", "dayl(s)", "vp(Pa)", *(row[source] for row in DYNAMIC.values())}
-    table = read_table(path, {*wanted, *DYNAMIC}, ["date"], optional=True, **layout)
+    table = read_table(path, {*wanted, *DYNAMIC}, ["date"], **layout)
     check(not abs(lat) > 90, f"{path}: latitude {lat}")
     series = {name: table[column] for name, row in DYNAMIC.items()
               for column in (name, row[source]) if column in table}
@@ -415,12 +410,12 @@ def read_camels(folder):
     forcings = sorted(folder.glob("basin_mean_forcing/**/*_forcing_leap.txt"))
     for path in [p for p in forcings if "cida" in p.name] or forcings:
         basin = path.name[:8]
-        known = read_table(path, ["m"], (), None, ["m"], slice(0, 3))["m"]
+        known = read_table(path, ["m"], delimiter=None, header=["m"], rows=slice(0, 3))["m"]
         check(len(known) == 3 and known[2] > 0, f"{path}, line 3: no basin area in m2")
         lat, height, area = known
         series = read_series(path, 3, lat, delimiter=None, rows=slice(3, None))
         if basin in flows:
-            flow = read_table(flows[basin], ["streamflow"], (), None, columns)
+            flow = read_table(flows[basin], ["streamflow"], delimiter=None, header=columns)
             mm = flow["streamflow"] * (0.028316846592 * 86400 * 1000 / area)    # ft3/s -> mm/d
             series["streamflow"] = flow["date"], mm
         known = {"gauge_lat": lat, "elevation": height, "area": area / 1e6}
@@ -460,7 +455,8 @@ def read_wosis(folder):
     """
     profiles, physical = one_file(folder, "*_profiles.tsv"), one_file(folder, "*_physical.tsv")
     parts = ["clay_value_avg", "silt_value_avg", "sand_value_avg"]
-    layers = read_table(physical, ["upper_depth", "lower_depth", *parts], ["profile_id"], "\t")
+    columns = ["upper_depth", "lower_depth", *parts]
+    layers = read_table(physical, columns, ["profile_id", *columns], "\t")
     thick = np.minimum(layers["lower_depth"], 30) - np.maximum(layers["upper_depth"], 0)
     texture = np.stack([layers[part] for part in parts], 1)                     # (layers, 3)
     weight = np.where(np.isnan(texture.sum(1)), 0, np.maximum(thick, 0))[:, None]
@@ -468,7 +464,8 @@ def read_wosis(folder):
     total = np.zeros((len(ids), 4))
     np.add.at(total, member, np.hstack([weight * np.nan_to_num(texture), weight]))
     texture = dict(zip(ids, total[:, :3] / np.maximum(total[:, 3:], 1e-9)))
-    table = read_table(profiles, ["latitude", "longitude"], ["profile_id"], "\t")
+    columns = ["latitude", "longitude"]
+    table = read_table(profiles, columns, ["profile_id", *columns], "\t")
     for site, *place in zip(table["profile_id"], table["latitude"], table["longitude"]):
         known = [*place, *texture.get(site, np.zeros(3))]
         if abs(sum(known[2:]) - 100) <= 5:
@@ -484,7 +481,7 @@ def read_landslide(folder, size=17):
     path, names = one_file(folder, "*.csv"), {
         "slope": "slope", "cplan": "plan_curvature", "cprof": "profile_curvature",
         "elev": "elevation", "log10_carea": "upslope_area"}
-    points = read_table(path, ["x", "y", *names], ["lslpts"])
+    points = read_table(path, ["x", "y", *names], ["x", "y", "lslpts", *names])
     raster = read_npz(one_file(folder, "*.npz"), ta="khw", xmin="", ymax="", res="")
     left, top, cell, maps = (raster[key] for key in ("xmin", "ymax", "res", "ta"))
     check(cell > 0, f"{folder}: a raster of {cell} m")
@@ -524,17 +521,16 @@ def join_vectors(sites, path, within=5.0):
     """
     if Path(path).suffix == ".npz":
         table = read_npz(path)
-        by_id = "id" in table
         name = next((k for k, v in table.items() if v.shape[1:] == (64,)), "an array of 64 columns")
-        table = read_npz(path, **{name: "nk"}, **dict(id="n") if by_id else dict(lat="n", lon="n"))
-        vectors = table[name]
+        vectors = read_npz(path, **{name: "nk"})[name]
     else:
         names = [f"A{i:02d}" for i in range(64)]
-        table = read_table(path, [*names, "lat", "lon"], optional=True)
-        by_id = "id" in table
-        table = read_table(path, names if by_id else [*names, "lat", "lon"])
+        table = read_table(path, [*names, "lat", "lon"], names)
         vectors = np.stack([table[name] for name in names], 1)                  # (n, 64)
-    if by_id:
+    keys = ["id"] if "id" in table else ["lat", "lon"]
+    check(all(np.shape(table.get(key)) == vectors.shape[:1] for key in keys),
+          f"{path}: expected {' and '.join(keys)} of {len(vectors)} vectors among {[*table]}")
+    if keys == ["id"]:
         row = {site: i for i, site in enumerate(table["id"])}
         twice = [site for i, site in enumerate(table["id"]) if row[site] != i]
         check(not twice, f"{path}: the id {twice[:1]} twice")
@@ -599,17 +595,17 @@ def read_scenes(folder):
     if "clm" in read_npz(path):
         axes |= dict(clm="uhw", ndvi_dates="u")
     z = read_npz(path, **axes)
-    bands, dates = z["s2_bands"].tolist(), parsed(z["s2_dates"], "datetime64[D]", "NaT")
+    bands, days = z["s2_bands"].tolist(), [DAYS.get(str(date)[:10]) for date in z["s2_dates"]]
     nine = [f"B{band:02d}" for band in (2, 3, 4, 5, 6, 7, 8, 11, 12)]
-    check({*nine} <= {*bands} and not np.isnat(dates).any(),
+    check({*nine} <= {*bands} and None not in days,
           f"{path}: expected a date of each scene and the bands {nine}, it has {bands}")
     scenes = 10_000 * z["s2_l1c"][..., [bands.index(band) for band in nine]]    # (T, H, W, 9)
     clear = (scenes > -1).all(-1)                           # not NaN, no sentinel
     if "clm" in z:
         mask = dict(zip(z["ndvi_dates"], z["clm"]))
         clear &= np.array([mask.get(date, 0 * clear[0]) == 0 for date in z["s2_dates"]])
-    order = np.argsort(dates)
-    return dates[order], scenes[order], clear[order]
+    order = np.argsort(days)
+    return np.array(days, "datetime64[D]")[order], scenes[order], clear[order]
 
 
 def read_s2(folder):
