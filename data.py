@@ -9,9 +9,8 @@ Axes: N sites, T days, C dynamic variables, S static attributes.
 import csv
 import hashlib
 import os
-import shutil
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +67,8 @@ humidity            humidity       %     -                        -
 """
 STATIC, DYNAMIC = ({name: row for name, *row in map(str.split, table.strip().splitlines())}
                    for table in (STATIC, DYNAMIC))
+SERIES = {column: name for name, row in DYNAMIC.items() for column in (name, *row[2:])} | {
+    "streamflow": "streamflow", "dayl(s)": "daylight", "vp(Pa)": "vapour"}   # columns of tables
 GROUP = {name: row[0] for name, row in (STATIC | DYNAMIC).items()}
 
 
@@ -94,8 +95,7 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", stati
     file's path, size and time. static_only: without weather, and also the sites that have none.
     """
     if spec == "synthetic" and target in ("height", "landcover"):
-        image, y = synthetic_tiles(target, seed)
-        return assemble([*blocks("synthetic", image, **{target: y})], target)
+        return assemble(synthetic_tiles(target, seed), target)
     if spec == "synthetic":
         sites = synthetic_world(seed, *(60, 3) if quick else (700, 6), target)
         bare = dict(forcing=sites.forcing[:, :1] * np.nan, dates=sites.dates[:1])
@@ -107,8 +107,9 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", stati
             raise FileNotFoundError(f"data {kind}: no folder '{folder}'")
         key += [kind] + [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns)
                          for p in [Path(__file__), *sorted(Path(folder).rglob("*"))]]
-    path = Path(cache or "", hashlib.sha256(repr(key).encode()).hexdigest()[:16])
-    if not (cache and path.exists()):
+    folder = Path(cache or "", hashlib.sha256(repr(key).encode()).hexdigest()[:16])
+    files = {field.name: folder / f"{field.name}.npy" for field in fields(Sites)}
+    if not (cache and all(path.exists() for path in files.values())):
         records = [site for kind, folder in sources for site in READERS[kind](Path(folder))]
         check(records, f"{spec}: no site found")
         if static_only:                     # each gauge once, and not those known by little
@@ -120,15 +121,15 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", stati
         print(f"{spec}: {len(records) - len(kept)} of {len(records)} sites left out, they lack "
               + ("most attributes" if static_only else "a daily series"))
         sites = assemble(kept, target)
-        if cache:
-            save_arrays(path, vars(sites))
+        for name, path in files.items() if cache else ():
+            write_atomically(path, lambda file: np.save(file, getattr(sites, name)))
     if cache:                               # what is not used stays on disk
         try:
-            arrays = {file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")}
+            arrays = {name: np.load(path, mmap_mode="r") for name, path in files.items()}
             names = {k: tuple(x.tolist()) for k, x in arrays.items() if "names" in k}
             sites = Sites(**arrays | names)
         except Exception as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it") from None
+            raise ValueError(f"{folder} is damaged ({error}): delete it") from None
     print(f"{spec}: {len(sites.ids)} sites, {sites.dates[0]} to {sites.dates[-1]}; daily "
           f"{', '.join(sites.dynamic_names)}; {len(sites.static_names)} attributes, "
           f"{np.isnan(sites.static).sum()} of {sites.static.size} values missing")
@@ -359,27 +360,23 @@ def read_attributes(paths, source, delimiter=","):
     return sites
 
 
-def read_series(path, source, lat, **layout):
+def read_series(path, lat, **layout):
     """{variable or "streamflow": (dates, values)} of a daily table; PET is derived."""
-    wanted = {"streamflow", "dayl(s)", "vp(Pa)", *(row[source] for row in DYNAMIC.values())}
-    table = read_table(path, {*wanted, *DYNAMIC}, ["date"], **layout)
-    check(not abs(lat) > 90, f"{path}: latitude {lat}")
-    series = {name: table[column] for name, row in DYNAMIC.items()
-              for column in (name, row[source]) if column in table}
+    table = read_table(path, SERIES, ["date"], **layout)
+    series = {name: table[column] for column, name in SERIES.items() if column in table}
     tmax, tmin = series.get("tmax"), series.get("tmin")
     if tmax is not None and tmin is not None:
         series.setdefault("temperature", (tmax + tmin) / 2)
+    vapour, daylight = series.pop("vapour", None), series.pop("daylight", None)
     if "temperature" in series:
         t, doy = series["temperature"], day_of_year(table["date"])
         series["pet"] = potential_evaporation(lat, doy, t, tmax, tmin)
-        if "vp(Pa)" in table:                               # saturation pressure: FAO-56 eq. 11
-            humidity = table["vp(Pa)"] / (6.108 * np.exp(17.27 * t / (t + 237.3)))
+        if vapour is not None:                              # saturation pressure: FAO-56 eq. 11
+            humidity = vapour / (6.108 * np.exp(17.27 * t / (t + 237.3)))
             series["humidity"] = np.clip(humidity, 0, 100)
     check(("dayl(s)" in table) == ("srad(W/m2)" in table), f"{path}: dayl(s) or srad alone")
-    if "dayl(s)" in table:                                  # mean over daylight -> over the day
-        series["shortwave"] = series["shortwave"] * table["dayl(s)"] / 86400
-    if "streamflow" in table:
-        series["streamflow"] = table["streamflow"]
+    if daylight is not None:                                # mean over daylight -> over the day
+        series["shortwave"] = series["shortwave"] * daylight / 86400
     return {name: (table["date"], values) for name, values in series.items()}
 
 
@@ -392,7 +389,7 @@ def read_caravan(folder):
         if not known:
             print(f"{path}: a gauge without attributes, they are fed as missing")
         lat = known.get("gauge_lat", np.nan)
-        yield site, path or folder, known, read_series(path, 2, lat) if path else {}
+        yield site, path or folder, known, read_series(path, lat) if path else {}
 
 
 def read_camels(folder):
@@ -413,7 +410,7 @@ def read_camels(folder):
         known = read_table(path, ["m"], delimiter=None, header=["m"], rows=slice(0, 3))["m"]
         check(len(known) == 3 and known[2] > 0, f"{path}, line 3: no basin area in m2")
         lat, height, area = known
-        series = read_series(path, 3, lat, delimiter=None, rows=slice(3, None))
+        series = read_series(path, lat, delimiter=None, rows=slice(3, None))
         if basin in flows:
             flow = read_table(flows[basin], ["streamflow"], delimiter=None, header=columns)
             mm = flow["streamflow"] * (0.028316846592 * 86400 * 1000 / area)    # ft3/s -> mm/d
@@ -444,7 +441,7 @@ def read_ismn(folder):
             continue
         days, day = np.unique(table["date"][good], return_inverse=True)
         mean = np.bincount(day, table["value"][good]) / np.bincount(day)
-        series = read_series(weather[0], 2, site["gauge_lat"]) | {"soil_moisture": (days, mean)}
+        series = read_series(weather[0], site["gauge_lat"]) | {"soil_moisture": (days, mean)}
         yield f"{network}_{station}", path, {name: site[name] for name in head[3:6]}, series
 
 
@@ -661,7 +658,7 @@ READERS = {"caravan": read_caravan, "camels": read_camels, "ismn": read_ismn,
 
 
 def synthetic_tiles(task, seed=0, size=200):
-    """Terrain that rises to the east, four classes by height and wetness: (C, H, W), (H, W).
+    """Blocks of terrain that rises to the east, with four classes by height and wetness.
 
     Seen as 64 embeddings that mix both (height), or as 9 bands in three seasons, a tenth of the
     pixels cloudy (landcover).
@@ -679,12 +676,13 @@ def synthetic_tiles(task, seed=0, size=200):
         is_class = classes == np.arange(4)[:, None, None]                       # (4, H, W)
         latents = np.stack([height / 100 - 3.5, 3 * slope, wet, *is_class])
         mixed = np.einsum("chw,ck->khw", latents, rng.standard_normal((7, 64)))
-        return np.tanh(mixed + 0.3 * rng.standard_normal(mixed.shape)).astype(np.float32), height
+        image = np.tanh(mixed + 0.3 * rng.standard_normal(mixed.shape))         # (64, H, W)
+        return blocks("synthetic", image.astype(np.float32), height=height)
     spectra = rng.uniform(0.1, 0.9, (3, 4, 9))[:, classes]                      # (3, H, W, 9)
     seen = spectra + 0.25 * rng.standard_normal(spectra.shape)
     seen[rng.random(seen.shape[:3]) < 0.1] = 1                                  # cloud
-    return (seen.transpose(0, 3, 1, 2).reshape(27, size, size).astype(np.float32),
-            classes.astype(np.float32))
+    image = seen.transpose(0, 3, 1, 2).reshape(27, size, size)
+    return blocks("synthetic", image.astype(np.float32), landcover=classes)
 
 
 def folds(sites, kind, k, seed=0):
@@ -734,21 +732,9 @@ def day_of_year(dates):
     return (dates - dates.astype("datetime64[Y]")).astype(int) + 1
 
 
-def save_arrays(folder, arrays):
-    """Write a file name.npy for each array into a folder that appears when all are there."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        np.save(temporary / name, array)
-    try:
-        os.rename(temporary, folder)
-    except OSError:                         # another process was first
-        shutil.rmtree(temporary)
-
-
 def write_atomically(path, write):
     """Call write(file) on a temporary file, then rename it to `path`: never half an output."""
-    temporary = path.with_name(f".{path.name}.new")         # a killed one is written over
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
