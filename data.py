@@ -243,33 +243,34 @@ def synthetic_world(seed=0, n_sites=700, years=6, target="streamflow"):
 def assemble(records, target):
     """What the readers yield -> `Sites` on the union of dates and variables."""
     ids, files, attributes, series = zip(*records)
+    twice = [f"{file}: site {i}" for file, i in zip(files, ids) if ids.count(i) > 1]
+    check(not twice, f"{twice[-1:]} was already read from another file")
     known = {name for a in attributes for name, value in a.items() if np.ndim(value) == 0}
     known -= {"gauge_lat", "gauge_lon", target}
     static_names = tuple(sorted(known, key=[*STATIC, *sorted(known)].index))
     dynamic_names = tuple(n for n in DYNAMIC if any(n in s for s in series)) or ("precipitation",)
-    table = np.array([[a.get(n, np.nan) for n in ("gauge_lat", "gauge_lon", *static_names)]
-                      for a in attributes], np.float32)
-    ends = [day for s in series for days, _ in s.values() if len(days)
-            for day in (days.min(), days.max())]
+    ends = [end(days) for s in series for days, _ in s.values() for end in (np.min, np.max)]
     dates = np.arange(min(ends, default=0), max(ends, default=0) + 1, dtype="datetime64[D]")
     daily = np.full((len(ids), len(dates), len(dynamic_names) + 1), np.nan, np.float32)
-    twice = [f"{file}: site {i}" for file, i in zip(files, ids) if ids.count(i) > 1]
-    check(not twice, f"{twice[-1:]} was already read from another file")
-    for i, (lat, lon) in enumerate(table[:, :2]):
-        place = f"{files[i]}: site {ids[i]}"
-        check(not (abs(lat) > 90 or abs(lon) > 360), f"{place} has coordinates {lat}, {lon}")
+
+    def columns(*names):                                    # (N, names)
+        return np.array([[a.get(n, np.nan) for n in names] for a in attributes], np.float32)
+
+    lat, lon = columns("gauge_lat", "gauge_lon").T
+    for i, (file, site) in enumerate(zip(files, ids)):
+        place = f"{file}: site {site}"
+        check(not (abs(lat[i]) > 90 or abs(lon[i]) > 360),
+              f"{place} has coordinates {lat[i]}, {lon[i]}")
         check(not attributes[i].get("area", 1) <= 0, f"{place} has an area of 0 or less")
         for c, name in enumerate((*dynamic_names, target)):
             days, values = series[i].get(name, (dates[:0], ()))
             check(len(np.unique(days)) == len(days), f"{place} has the same date twice")
             daily[i, (days - dates[0]).astype(int), c] = values
-    per_site = [a.get(target, np.nan) for a in attributes]      # a value, or a map
-    latlon = np.stack([table[:, 0], (table[:, 1] + 180) % 360 - 180], 1)        # (N, 2)
-    return Sites(np.array(ids), latlon, table[:, 2:], daily[..., :-1],
-                 np.array(per_site, np.float32) if any(target in a for a in attributes)
-                 else daily[..., -1], dates, static_names, dynamic_names,
-                 np.array([a.get("patch", ()) for a in attributes], np.float32),
-                 np.empty((len(ids), 0), np.float32))
+    one = any(target in a for a in attributes)              # value, or map, for each site
+    patches = np.array([a.get("patch", ()) for a in attributes], np.float32)
+    return Sites(np.array(ids), np.stack([lat, (lon + 180) % 360 - 180], 1), columns(*static_names),
+                 daily[..., :-1], columns(target)[:, 0] if one else daily[..., -1], dates,
+                 static_names, dynamic_names, patches, np.empty((len(ids), 0), np.float32))
 
 
 def read_table(path, numbers, required=(), delimiter=",", header=None, rows=slice(0, None)):
@@ -451,23 +452,22 @@ def read_wosis(folder):
     Profiles whose clay, silt and sand do not add up to 100 +- 5 % are left out.
     """
     profiles, physical = one_file(folder, "*_profiles.tsv"), one_file(folder, "*_physical.tsv")
-    parts = ["clay_value_avg", "silt_value_avg", "sand_value_avg"]
-    columns = ["upper_depth", "lower_depth", *parts]
-    layers = read_table(physical, columns, ["profile_id", *columns], "\t")
+    columns = ["profile_id", "upper_depth", "lower_depth",
+               "clay_value_avg", "silt_value_avg", "sand_value_avg"]
+    layers = read_table(physical, columns[1:], columns, "\t")
+    texture = np.stack([layers[part] for part in columns[3:]])                  # (3, layers)
     thick = np.minimum(layers["lower_depth"], 30) - np.maximum(layers["upper_depth"], 0)
-    texture = np.stack([layers[part] for part in parts], 1)                     # (layers, 3)
-    weight = np.where(np.isnan(texture.sum(1)), 0, np.maximum(thick, 0))[:, None]
+    thick = np.where(np.isnan(texture.sum(0)), 0, np.maximum(thick, 0))
     ids, member = np.unique(layers["profile_id"], return_inverse=True)
-    total = np.zeros((len(ids), 4))
-    np.add.at(total, member, np.hstack([weight * np.nan_to_num(texture), weight]))
-    texture = dict(zip(ids, total[:, :3] / np.maximum(total[:, 3:], 1e-9)))
-    columns = ["latitude", "longitude"]
-    table = read_table(profiles, columns, ["profile_id", *columns], "\t")
-    for site, *place in zip(table["profile_id"], table["latitude"], table["longitude"]):
-        known = [*place, *texture.get(site, np.zeros(3))]
-        if abs(sum(known[2:]) - 100) <= 5:
+    *parts, total = (np.bincount(member, x) for x in (*np.nan_to_num(texture) * thick, thick))
+    texture = dict(zip(ids, np.stack(parts, 1) / np.maximum(total, 1e-9)[:, None]))
+    columns = ["profile_id", "latitude", "longitude"]
+    table = read_table(profiles, columns[1:], columns, "\t")
+    for site, *place in zip(*(table[column] for column in columns)):
+        parts = texture.get(site, np.zeros(3))
+        if abs(sum(parts) - 100) <= 5:
             names = ("gauge_lat", "gauge_lon", "clay", "silt", "sand")
-            yield site, profiles, dict(zip(names, known)), {}
+            yield site, profiles, dict(zip(names, (*place, *parts))), {}
 
 
 def read_landslide(folder, size=17):
@@ -500,14 +500,12 @@ def read_landslide(folder, size=17):
 
 def read_alphaearth(folder):
     """The points of an npz, lat and lon, and their NDVI, one of the named Sentinel-2 values s2."""
-    for path in sorted(folder.glob("*.npz")):
-        if "s2" in read_npz(path):
-            z = read_npz(path, lat="n", lon="n", s2="nk", s2_names="k")
-            check("s2_ndvi" in z["s2_names"], f"{path}: no s2_ndvi among {z['s2_names']}")
-            ndvi = z["s2"][:, z["s2_names"].tolist().index("s2_ndvi")]
-            for i, known in enumerate(zip(z["lat"], z["lon"], ndvi)):
-                known = dict(zip(("gauge_lat", "gauge_lon", "ndvi"), known))
-                yield f"{path.stem}_{i:04d}", path, known, {}
+    path = one_file(folder, "*.npz")
+    z = read_npz(path, lat="n", lon="n", s2="nk", s2_names="k")
+    check("s2_ndvi" in z["s2_names"], f"{path}: no s2_ndvi among {z['s2_names']}")
+    ndvi = z["s2"][:, z["s2_names"].tolist().index("s2_ndvi")]
+    for i, (lat, lon, value) in enumerate(zip(z["lat"], z["lon"], ndvi)):
+        yield f"{path.stem}_{i:04d}", path, dict(gauge_lat=lat, gauge_lon=lon, ndvi=value), {}
 
 
 def join_vectors(sites, path, within=5.0):
@@ -611,15 +609,15 @@ def read_s2(folder):
     The classes of `lulc` that cover at least 100 pixels are renumbered from 0, others left out.
     """
     _, scenes, clear = read_scenes(folder)
-    image = normalize_s2(scenes[clear.all((1, 2))]).transpose(0, 3, 1, 2)       # (T, 9, H, W)
-    z = read_npz(path := one_file(folder, "*.npz"), dem="hw", lulc="hw")
-    check(len(image), f"{path}: no scene without clouds")
-    height, cover = z["dem"], z["lulc"]
-    names, count = np.unique(cover[cover > 0], return_counts=True)
+    path, scenes = one_file(folder, "*.npz"), scenes[clear.all((1, 2))]         # (T, H, W, 9)
+    check(len(scenes), f"{path}: no scene without clouds")
+    z = read_npz(path, dem="hw", lulc="hw")
+    names, count = np.unique(z["lulc"][z["lulc"] > 0], return_counts=True)
     names = names[count >= 100]
     print(f"{path}: classes {names.astype(int)}, from now on 0 to {len(names) - 1}")
-    cover = np.where(np.isin(cover, names), np.searchsorted(names, cover), np.nan)
-    return blocks(path, image.reshape(-1, *image.shape[2:]), height=height, landcover=cover)
+    cover = np.where(np.isin(z["lulc"], names), np.searchsorted(names, z["lulc"]), np.nan)
+    image = np.concatenate(normalize_s2(scenes).transpose(0, 3, 1, 2))          # (T * 9, H, W)
+    return blocks(path, image, height=z["dem"], landcover=cover)
 
 
 def read_tiles(folder):
@@ -681,8 +679,8 @@ def synthetic_tiles(task, seed=0, size=200):
     spectra = rng.uniform(0.1, 0.9, (3, 4, 9))[:, classes]                      # (3, H, W, 9)
     seen = spectra + 0.25 * rng.standard_normal(spectra.shape)
     seen[rng.random(seen.shape[:3]) < 0.1] = 1                                  # cloud
-    image = seen.transpose(0, 3, 1, 2).reshape(27, size, size)
-    return blocks("synthetic", image.astype(np.float32), landcover=classes)
+    image = np.concatenate(seen.transpose(0, 3, 1, 2)).astype(np.float32)       # (27, H, W)
+    return blocks("synthetic", image, landcover=classes)
 
 
 def folds(sites, kind, k, seed=0):
