@@ -126,8 +126,7 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", stati
     if cache:                               # what is not used stays on disk
         try:
             arrays = {name: np.load(path, mmap_mode="r") for name, path in files.items()}
-            names = {k: tuple(x.tolist()) for k, x in arrays.items() if "names" in k}
-            sites = Sites(**arrays | names)
+            sites = Sites(**arrays | {k: tuple(arrays[k].tolist()) for k in arrays if "names" in k})
         except Exception as error:
             raise ValueError(f"{folder} is damaged ({error}): delete it") from None
     print(f"{spec}: {len(sites.ids)} sites, {sites.dates[0]} to {sites.dates[-1]}; daily "
@@ -409,7 +408,8 @@ def read_camels(folder):
     for path in [p for p in forcings if "cida" in p.name] or forcings:
         basin = path.name[:8]
         known = read_table(path, ["m"], delimiter=None, header=["m"], rows=slice(0, 3))["m"]
-        check(len(known) == 3 and known[2] > 0, f"{path}, line 3: no basin area in m2")
+        check(len(known) == 3 and not abs(known[0]) > 90 and known[2] > 0,
+              f"{path}, lines 1 to 3: latitude, m and basin area in m2 are {known}")
         lat, height, area = known
         series = read_series(path, lat, delimiter=None, rows=slice(3, None))
         if basin in flows:
@@ -526,16 +526,14 @@ def join_vectors(sites, path, within=5.0):
     check(all(np.shape(table.get(key)) == vectors.shape[:1] for key in keys),
           f"{path}: expected {' and '.join(keys)} of {len(vectors)} vectors among {[*table]}")
     if keys == ["id"]:
-        row = {site: i for i, site in enumerate(table["id"])}
-        twice = [site for i, site in enumerate(table["id"]) if row[site] != i]
-        check(not twice, f"{path}: the id {twice[:1]} twice")
-        found = np.array([row.get(site, -1) for site in sites.ids])
+        near, limit = sites.ids[:, None] == np.array(table["id"]), 0            # (N, n)
+        check(near.sum(1).max() < 2, f"{path}: the id {sites.ids[near.sum(1).argmax()]} twice")
     else:
         places = np.stack([table["lat"], table["lon"]], 1)
         wrong = places[(abs(places) > (90, 360)).any(1)]
         check(not len(wrong), f"{path}: latitude and longitude {wrong[:1]} out of range")
-        cosine = on_sphere(sites.latlon) @ on_sphere(places).T                  # (N, n)
-        found = np.where(cosine.max(1) > np.cos(within / 6371), cosine.argmax(1), -1)
+        near, limit = on_sphere(sites.latlon) @ on_sphere(places).T, np.cos(within / 6371)
+    found = np.where(near.max(1) > limit, near.argmax(1), -1)
     check((found >= 0).any(), f"{path}: has a vector for none of the sites")
     vectors = np.vstack([vectors, np.full(64, np.nan)])[found]                  # last row: none
     return replace(sites, vectors=vectors.astype(np.float32))
@@ -586,19 +584,16 @@ def read_scenes(folder):
 
     Keys as of eo-learn: s2_l1c (reflectance), s2_bands, s2_dates; clm (0 = clear) of ndvi_dates.
     """
-    path, axes = one_file(Path(folder), "*.npz"), dict(s2_l1c="thwb", s2_bands="b", s2_dates="t")
-    if "clm" in read_npz(path):
-        axes |= dict(clm="uhw", ndvi_dates="u")
-    z = read_npz(path, **axes)
+    path = one_file(Path(folder), "*.npz")
+    z = read_npz(path, s2_l1c="thwb", s2_bands="b", s2_dates="t", clm="uhw", ndvi_dates="u")
     bands, days = z["s2_bands"].tolist(), [DAYS.get(str(date)[:10]) for date in z["s2_dates"]]
     nine = [f"B{band:02d}" for band in (2, 3, 4, 5, 6, 7, 8, 11, 12)]
     check({*nine} <= {*bands} and None not in days,
           f"{path}: expected a date of each scene and the bands {nine}, it has {bands}")
     scenes = 10_000 * z["s2_l1c"][..., [bands.index(band) for band in nine]]    # (T, H, W, 9)
     clear = (scenes > -1).all(-1)                           # not NaN, no sentinel
-    if "clm" in z:
-        mask = dict(zip(z["ndvi_dates"], z["clm"]))
-        clear &= np.array([mask.get(date, 0 * clear[0]) == 0 for date in z["s2_dates"]])
+    mask = dict(zip(z["ndvi_dates"], z["clm"]))
+    clear &= np.array([mask.get(date, 0 * clear[0]) == 0 for date in z["s2_dates"]])
     order = np.argsort(days)
     return np.array(days, "datetime64[D]")[order], scenes[order], clear[order]
 

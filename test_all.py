@@ -236,7 +236,7 @@ def test_real_landslides_and_vectors():
 
 def test_broken_archives_are_refused():
     for old, new, complaint in (
-            ("2,11,9", "2,11", "us_1.csv, line 3.*4 fields"), ("86400000", "0", "line 3.*area"),
+            ("2,11,9", "2,11", "us_1.csv, line 3.*4 fields"), ("86400000", "0", "to 3.*area"),
             ("2,11,9", "two,11,9", "us_1.csv, line 3.*'two'"), ("41,285.5", "95,0", "us_2.*95"),
             ("2000-01-03", "2000-01-01", "us_1 .*same date twice"),
             ("us_2,C", "us_1,C", "_other_.*twice"), ("2000-01-03", "soon", "csv, line 3.*soon"),
