@@ -280,9 +280,8 @@ def read_table(path, numbers, required=(), delimiter=",", header=None, rows=slic
     """
     check(Path(path).is_file(), f"{path} is not a file")
     lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()[rows]
-    split = map(str.split, lines)
-    if delimiter:
-        split = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+    split = map(str.split, lines) if delimiter is None else csv.reader(
+        lines, delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         table = [(line, row) for line, row in enumerate(split, rows.start + 1) if row]
     except csv.Error as error:
@@ -349,9 +348,9 @@ def read_attributes(paths, source, delimiter=","):
     """Tables joined on gauge_id -> {site: {name: value}}; source: column 2 or 3 of STATIC."""
     names = {name: row[source].partition("*")[::2] for name, row in STATIC.items()}
     names |= {"gauge_lat": ("gauge_lat", ""), "gauge_lon": ("gauge_lon", "")}
-    sites = {}
+    columns, sites = {column for column, _ in names.values()}, {}
     for path in paths:
-        table = read_table(path, {column for column, _ in names.values()}, ["gauge_id"], delimiter)
+        table = read_table(path, columns, ["gauge_id"], delimiter)
         keys, count = np.unique(table["gauge_id"], return_counts=True)
         check((count < 2).all(), f"{path}: site {keys[count.argmax()]} twice")
         for name, (column, factor) in names.items():
@@ -428,14 +427,13 @@ def read_ismn(folder):
     head = ["a", "network", "station", "gauge_lat", "gauge_lon", "elevation", "top", "bottom", "b"]
     columns, stations = ["date", "time", "value", "flag", "origin"], {}
     for path in sorted(folder.rglob("*_sm_*.stm")):
-        first = read_table(path, head[3:8], (), None, head, slice(0, 1))
+        first = read_table(path, head[3:8], delimiter=None, header=head, rows=slice(0, 1))
         site = {name: value[0] for name, value in first.items()}
-        station = site["network"], site["station"]
-        if station not in stations or site["top"] < stations[station][1]["top"]:
-            stations[station] = path, site
-    for (network, station), (path, site) in stations.items():
+        stations.setdefault((site["network"], site["station"]), []).append((site, path))
+    for (network, station), sensors in stations.items():
+        site, path = min(sensors, key=lambda sensor: sensor[0]["top"])
         weather = sorted(folder.rglob(f"{station}.csv"))
-        table = read_table(path, ["value"], (), None, columns, slice(1, None))
+        table = read_table(path, ["value"], delimiter=None, header=columns, rows=slice(1, None))
         good = (np.array(table["flag"]) == "G") & ~np.isnan(table["value"])
         if not weather or not good.any():
             print(f"{path}: skipped, no {station}.csv with its weather, or no value flagged good")
@@ -727,13 +725,13 @@ def day_of_year(dates):
 
 def write_atomically(path, write):
     """Call write(file) on a temporary file, then rename it to `path`: never half an output."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")   # another process may write it too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                # torch.save has a RuntimeError for it
+    except OSError as error:
         if temporary.exists():
             temporary.unlink()
         raise OSError(f"cannot write {path}, what was there is kept: {error}") from None
