@@ -582,16 +582,19 @@ def read_scenes(folder):
 
     Keys as of eo-learn: s2_l1c (reflectance), s2_bands, s2_dates; clm (0 = clear) of ndvi_dates.
     """
-    path = one_file(Path(folder), "*.npz")
-    z = read_npz(path, s2_l1c="thwb", s2_bands="b", s2_dates="t", clm="uhw", ndvi_dates="u")
+    path, axes = one_file(Path(folder), "*.npz"), dict(s2_l1c="thwb", s2_bands="b", s2_dates="t")
+    if "clm" in read_npz(path):
+        axes |= dict(clm="uhw", ndvi_dates="u")
+    z = read_npz(path, **axes)
     bands, days = z["s2_bands"].tolist(), [DAYS.get(str(date)[:10]) for date in z["s2_dates"]]
     nine = [f"B{band:02d}" for band in (2, 3, 4, 5, 6, 7, 8, 11, 12)]
     check({*nine} <= {*bands} and None not in days,
           f"{path}: expected a date of each scene and the bands {nine}, it has {bands}")
     scenes = 10_000 * z["s2_l1c"][..., [bands.index(band) for band in nine]]    # (T, H, W, 9)
     clear = (scenes > -1).all(-1)                           # not NaN, no sentinel
-    mask = dict(zip(z["ndvi_dates"], z["clm"]))
-    clear &= np.array([mask.get(date, 0 * clear[0]) == 0 for date in z["s2_dates"]])
+    if "clm" in z:
+        mask = dict(zip(z["ndvi_dates"], z["clm"]))
+        clear &= np.array([mask.get(date, 0 * clear[0]) == 0 for date in z["s2_dates"]])
     order = np.argsort(days)
     return np.array(days, "datetime64[D]")[order], scenes[order], clear[order]
 
