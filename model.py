@@ -359,7 +359,7 @@ class DynamicWorld(nn.Module):
 
     @classmethod
     def from_release(cls, path):
-        """Google's released network from its folder with variables/variables.data-…, float32."""
+        """Google's released network from its folder with variables/…, else ValueError."""
         model = cls().eval()
         layers = [model.stem]                               # in the order of the file
         for block in model.blocks:
@@ -368,13 +368,16 @@ class DynamicWorld(nn.Module):
             pair = [conv, shortcut, norm, shortcut_norm]
             layers += [block.path[:5], *side[:1], *pair, *side[1:]]
         tensors = nn.Sequential(*layers, model.output).state_dict().values()
-        with open(f"{path}/variables/variables.data-00000-of-00001", "rb") as file:
-            for tensor in tensors:
-                if tensor.dim() == 4:                       # kernels are stored kh, kw, in, out
-                    tensor = tensor.permute(2, 3, 1, 0)
-                if tensor.dim() > 0:                        # batch norm's counter is not stored
-                    values = np.fromfile(file, "<f4", tensor.numel())
-                    tensor.copy_(torch.from_numpy(values).view(tensor.shape))
+        tensors = [tensor for tensor in tensors if tensor.dim()]    # without batch norm's counters
+        sizes = [tensor.numel() for tensor in tensors]
+        file = f"{path}/variables/variables.data-00000-of-00001"
+        values = torch.from_numpy(np.fromfile(file, "<f4", sum(sizes)))         # more follows
+        if len(values) != sum(sizes):
+            raise ValueError(f"{file}: {len(values)} values, expected {sum(sizes)}")
+        for tensor, part in zip(tensors, values.split(sizes)):
+            if tensor.dim() == 4:                           # kernels are stored kh, kw, in, out
+                tensor = tensor.permute(2, 3, 1, 0)
+            tensor.copy_(part.view(tensor.shape))
         return model
 
 
