@@ -67,22 +67,15 @@ class Options:
     quick: bool = option(False, "the same path in under a minute, nothing learned")
 
 
-squared = partial(F.mse_loss, reduction="none")
-binary = partial(F.binary_cross_entropy_with_logits, reduction="none")
-
-
-def classes(guess, truth):
-    return F.cross_entropy(guess, truth.long(), reduction="none")
-
-
 TASKS = {  # head, target -> what is learned, outputs -> target, loss, models compared by default
     "streamflow": ("lstm", lambda y: np.sqrt(np.maximum(y, 0)), lambda y: np.maximum(y, 0) ** 2,
-                   squared, "resconn,lstm"),
-    "soil_moisture": ("lstm", np.asarray, np.asarray, squared, "resconn,lstm"),
-    "soil": ("mlp", np.asarray, np.asarray, squared, "resconn,mlp,glm"),
-    "landslide": ("cnn", np.asarray, lambda y: 1 / (1 + np.exp(-y)), binary, "resconn,cnn,glm"),
-    "landcover": ("map", np.asarray, lambda y: y.argmax(1), classes, "unet,pixel"),
-    "height": ("map", np.asarray, np.asarray, squared, "unet,unet++,pixel"),
+                   F.mse_loss, "resconn,lstm"),
+    "soil_moisture": ("lstm", np.asarray, np.asarray, F.mse_loss, "resconn,lstm"),
+    "soil": ("mlp", np.asarray, np.asarray, F.mse_loss, "resconn,mlp,glm"),
+    "landslide": ("cnn", np.asarray, lambda y: 1 / (1 + np.exp(-y)),
+                  F.binary_cross_entropy_with_logits, "resconn,cnn,glm"),
+    "landcover": ("map", np.asarray, lambda y: y.argmax(1), F.cross_entropy, "unet,pixel"),
+    "height": ("map", np.asarray, np.asarray, F.mse_loss, "unet,unet++,pixel"),
 }
 IMAGE_NETS = {  # variants of the last two: channels in and out -> network
     "unet": lambda c, k: UNet(c, k, width=16),
@@ -264,30 +257,31 @@ def hide_groups(sites, at, share, rng):
 
 
 def goal(sites, task, training, past):
-    """What is learned, (N, T); weigh(site, truth): weight of each value; (centre, spread), to undo.
+    """What is learned, (N, T); errors(guess, truth, site), weighted; undo(outputs) -> target.
 
     Errors of a series are weighted as in the NSE, those of a class by how rare it is.
     """
-    _, forth, _, error, _ = TASKS[task]
-    observed, centre, spread = sites.target.reshape(len(sites.ids), -1), 0.0, 1.0
-    learned, of_site, of_class = forth(observed), torch.ones(len(observed), 1), torch.ones(1)
-    if error is squared:
-        centre, spread = np.nanmean(learned[training, past]), np.nanstd(learned[training, past])
+    _, forth, back, loss, _ = TASKS[task]
+    learned, centre, spread = forth(sites.target.reshape(len(sites.ids), -1)), 0.0, 1.0
+    known, weight = learned[training, past], torch.ones(len(learned), 1)
+    if loss is F.mse_loss:
+        centre, spread = np.nanmean(known), np.nanstd(known)
     if sites.target.ndim == 2:
-        deviation = np.nanstd(learned[training, past], 1, keepdims=True) / spread
-        of_site[training] = torch.from_numpy(1 / (deviation + 0.1) ** 2).float()
-    learned = torch.from_numpy((learned - centre) / spread).float()
-    if error is classes:
-        label = learned[training][~learned[training].isnan()]
+        deviation = np.nanstd(known, 1, keepdims=True) / spread
+        weight[training] = torch.from_numpy(1 / (deviation + 0.1) ** 2).float()
+    if loss is F.cross_entropy:
+        label = torch.from_numpy(known[~np.isnan(known)])
         data.check(bool((label % 1 == 0).all()), f"{task}: classes must be 0, 1, 2 and so on")
-        count = label.long().bincount(minlength=int(np.nanmax(observed)) + 1)
-        of_class = label.numel() / count.clamp(min=1) / len(count)
+        count = label.long().bincount(minlength=int(np.nanmax(learned)) + 1)
+        rarity = label.numel() / count.clamp(min=1) / len(count)
 
-    def weigh(site, truth):                                 # (B,), (B, L) -> (B, L)
-        rarity = of_class[truth.long()] if error is classes else of_class
-        return of_site[site] * rarity.expand(truth.shape)
+    def errors(guess, truth, site):                         # (B, L), (B, L), (B,) -> (B, L)
+        if loss is F.cross_entropy:
+            return loss(guess, truth.long(), rarity.to(guess.device), reduction="none")
+        return loss(guess, truth, reduction="none") * weight[site].to(guess.device)
 
-    return learned, weigh, (centre, spread)
+    return (torch.from_numpy((learned - centre) / spread).float(), errors,
+            lambda outputs: back(outputs * spread + centre))
 
 
 def prepare(o, variant, sites, windows, sets, encoder, inputs):
@@ -360,7 +354,7 @@ def run(o, variant, sites, fold_of, fold, seed):
     if daily:
         past = day_slice(o.train_period, sites.dates, (0, 0.6))
         future = day_slice(o.test_period, sites.dates, (0.6, 1))
-    target, weigh, (centre, spread) = goal(sites, o.task, training, past)
+    target, errors, undo = goal(sites, o.task, training, past)
     scaling = {"forcing": fit_scaling(sites.forcing[training, past]),
                "static": fit_scaling(sites.static[fold_of != fold])}
     maps = np.moveaxis(sites.patches, 1, -1)                                    # (N, H, W, K)
@@ -385,7 +379,6 @@ def run(o, variant, sites, fold_of, fold, seed):
     sets = {key: tile(chosen, days, span, warmup) for key, chosen, days in (
         ("training", training, past), ("validation", validation, past), ("test", test, future))}
     model, predict = prepare(o, variant, sites, windows, sets, encoder, inputs)
-    _, _, back, error, _ = TASKS[o.task]
 
     def simulate(key, chosen, days):
         """Observed and simulated values of some sites, (sites, days) each; of maps, each pixel."""
@@ -396,7 +389,7 @@ def run(o, variant, sites, fold_of, fold, seed):
         with torch.no_grad():
             for i in np.array_split(late_first, len(site) // 128 + 1):
                 out = predict(key, i, patches[site[i]]).cpu().numpy()
-                for j, y in zip(i, back(out * spread + centre)):
+                for j, y in zip(i, undo(out)):
                     skip = warmup if start[j] else 0
                     result[site[j], start[j] + skip:start[j] + span] = y[skip:]
         model.train()
@@ -410,10 +403,10 @@ def run(o, variant, sites, fold_of, fold, seed):
         truth, patch = target.unfold(1, span, 1)[site, start], patches[site]    # (B, L)
         if variant in IMAGE_NETS:
             truth, patch = crop(truth, patch, o.buffer, rng)
-        scored, truth = ~truth.isnan(), truth.nan_to_num()
+        scored = ~truth.isnan()
         scored[:, :warmup] = False
-        errors = error(predict("training", i, patch), truth.to(device))         # (B, L)
-        return (errors * weigh(site, truth).to(device))[scored.to(device)].mean()
+        guess, truth = predict("training", i, patch), truth.nan_to_num().to(device)     # (B, L)
+        return errors(guess, truth, site)[scored].mean()
 
     best, seconds = fit(model, o, loss, lambda: skill(*simulate("validation", validation, past)))
     obs, sim = simulate("test", test, future)
