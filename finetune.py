@@ -111,19 +111,20 @@ class Predictor(nn.Module):
     Where a site has a single value, L = 1, and the residual path sees the attributes.
     """
 
-    def __init__(self, variant, task, sites, wide, o):
+    def __init__(self, variant, sites, wide, o):
         super().__init__()
         (use, reads, head), d = VARIANTS[variant], o.width
-        self.head = head or TASKS[task][0]
-        daily, n, s = sites.target.ndim == 2, len(sites.dynamic_names), len(sites.static_names)
-        self.reads = reads and ((o.residual if use else reads) if daily else "static")
-        n = {"": 0, "weather": n, "static": 2 * s, "all": 2 * (n + s)}[self.reads]
+        self.head = head or TASKS[o.task][0]
+        c, n = len(sites.dynamic_names), len(sites.dynamic_names + sites.static_names)
+        reads = reads and ((o.residual if use else reads) if sites.target.ndim == 2 else "static")
+        self.reads = {"": range(0), "weather": range(c), "static": range(2 * c, 2 * n),
+                      "all": range(2 * n)}[reads]
         if use:
             self.norms = nn.ModuleList([nn.LayerNorm(wide), nn.LayerNorm(wide)])
             self.gain = nn.Parameter(torch.ones(2))
             self.expand = nn.Linear(wide, d) if wide != d else nn.Identity()
         if self.reads:
-            self.conv, self.mix = nn.Conv1d(n, d, 3, padding=1), nn.Linear(d, d)
+            self.conv, self.mix = nn.Conv1d(len(self.reads), d, 3, padding=1), nn.Linear(d, d)
         self.adapter = ADAPTERS[o.adapter](d) if use else None
         self.dropout, self.output = Dropout(o.dropout), nn.Linear(d, 1)
         if self.head == "lstm":
@@ -144,12 +145,10 @@ class Predictor(nn.Module):
             x = self.expand(self.gain[0] * day + self.gain[1] * site)           # (B, L, width)
             x = x.expand(-1, forcing.shape[1], -1)          # AlphaEarth's L is 1
         if self.reads:
-            site = torch.cat([static.nan_to_num(), static.isnan().float()], -1)[:, None]
-            site = site.expand(-1, forcing.shape[1], -1)                        # (B, L, 2 S)
-            weather = forcing.nan_to_num()                                      # (B, L, C)
-            r = {"weather": [weather], "static": [site],
-                 "all": [weather, forcing.isnan().float(), site]}[self.reads]
-            x = x + self.mix(self.conv(torch.cat(r, -1).mT).mT)                 # (B, L, width)
+            static = static[:, None].expand(-1, forcing.shape[1], -1)           # (B, L, S)
+            r = torch.cat([forcing.nan_to_num(), forcing.isnan(),
+                           static.nan_to_num(), static.isnan()], -1)            # (B, L, 2 C + 2 S)
+            x = x + self.mix(self.conv(r[..., self.reads].mT).mT)               # (B, L, width)
         if self.adapter is not None:
             x = x + self.adapter(x)
         if self.head == "cnn":
@@ -188,20 +187,18 @@ def load_encoder(path, sites, device):
     model, saved = load_checkpoint(path)
     if saved["step"] < saved["options"]["steps"]:
         print(f"{path}: pretrained for {saved['step']} of {saved['options']['steps']} steps only")
-    arranged = {}
-    for field, name in (("forcing", "dynamic_names"), ("static", "static_names")):
-        own, known, values = getattr(sites, name), getattr(model, name), getattr(sites, field)
+    lack = max(model.config.max_days - len(sites.dates), 0)     # sites without weather: all missing
+    arranged = {"dates": sites.dates[0] + np.arange(len(sites.dates) + lack)}
+    for field, kind, pad in (("forcing", "dynamic_names", [(0, 0), (0, lack), (0, 1)]),
+                             ("static", "static_names", [(0, 0), (0, 1)])):
+        own, known = getattr(sites, kind), getattr(model, kind)
         absent, extra = [n for n in known if n not in own], [n for n in own if n not in known]
         if absent or extra:
             print(f"{field}: fed to the encoder as missing {absent}, unknown to it {extra}")
-        blank = np.full_like(values[..., :1], np.nan)
-        columns = [own.index(n) if n in own else len(own) for n in known]
-        arranged |= {field: np.concatenate([values, blank], -1)[..., columns], name: known}
-    lack = max(model.config.max_days - len(sites.dates), 0)     # sites without weather: all missing
-    forcing = np.pad(arranged["forcing"], ((0, 0), (0, lack), (0, 0)), constant_values=np.nan)
-    dates = sites.dates[0] + np.arange(len(sites.dates) + lack)
-    return (model.to(device).eval().requires_grad_(False), saved,
-            replace(sites, **arranged | dict(forcing=forcing, dates=dates)))
+        values = np.pad(getattr(sites, field), pad, constant_values=np.nan)
+        columns = [own.index(n) if n in own else -1 for n in known]     # the last one is missing
+        arranged |= {field: values[..., columns], kind: known}
+    return model.to(device).eval().requires_grad_(False), saved, replace(sites, **arranged)
 
 
 def encode_windows(model, windows, site, start, daily, o):
@@ -214,7 +211,7 @@ def encode_windows(model, windows, site, start, daily, o):
         store = torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape))
     with torch.no_grad():
         for i in np.array_split(np.arange(len(site)), len(site) // 64 + 1):
-            batch = (x.to(model.position.device) for x in windows.get(site[i], start[i]))
+            batch = windows.get(site[i], start[i], model.position.device)
             store[i] = tokens(model, batch, daily).half().cpu()
     return store
 
@@ -290,41 +287,36 @@ def prepare(o, variant, sites, windows, sets, encoder, inputs):
     windows, inputs: the sites as the head and as the encoder read them. Classes: (B, kinds, L).
     """
     device, daily = setup(o.device)[2], sites.target.ndim == 2
+    use, _, _ = VARIANTS.get(variant, ("", "", ""))
+    vectors = torch.tensor(sites.vectors, device=device).nan_to_num()           # (N, 64)
     if variant in IMAGE_NETS:
         kinds = int(np.nanmax(sites.target)) + 1 if o.task == "landcover" else 1
-        model = IMAGE_NETS[variant](sites.patches.shape[1], kinds).to(device)
-
-        def turned(key, i, patch):                          # mean of four turns, but in training
-            turns = [0] if model.training else range(4)
-            out = [model(patch.to(device).rot90(k, (2, 3))).rot90(-k, (2, 3)) for k in turns]
-            return torch.stack(out).mean(0).flatten(2).squeeze(1)               # (B, H W)
-
-        return model, turned
-    use, vectors = VARIANTS[variant][0], torch.tensor(sites.vectors).nan_to_num()
-    if use == "frozen":
-        coded = {key: encode_windows(encoder, inputs, *x, daily, o) for key, x in sets.items()}
-    if use == "direct":
+        model = IMAGE_NETS[variant](sites.patches.shape[1], kinds)
+    elif use == "direct":
         model = widen(encoder)
     else:
-        wide = encoder.config.d_model if encoder else vectors.shape[1]
-        model = Predictor(variant, o.task, sites, wide, o)
+        model = Predictor(variant, sites, encoder.config.d_model if encoder else vectors.shape[1], o)
+    if use == "frozen":
+        coded = {key: encode_windows(encoder, inputs, *x, daily, o) for key, x in sets.items()}
     if use == "random":
         model.encoder = StefaLand(encoder.config)
     model.to(device)
 
     def predict(key, i, patch):
-        site, start = (x[i] for x in sets[key])
-        if use in ("random", "direct"):
-            batch = [x.to(device) for x in inputs.get(site, start)]
+        patch, (site, start) = patch.to(device), (x[i] for x in sets[key])
+        if variant in IMAGE_NETS:                           # mean of four turns, but in training
+            turns = range(1 if model.training else 4)
+            out = [model(patch.rot90(k, (2, 3))).rot90(-k, (2, 3)) for k in turns]
+            return torch.stack(out).mean(0).flatten(2).squeeze(1)               # (B, H W)
         if use == "direct":                                 # the target: always hidden
-            batch[0] = F.pad(batch[0], (0, 1), value=torch.nan)
-            return model.decode(model.encode(*batch))[0][..., -1]
-        encoded = {"frozen": lambda: coded[key][i].float(), "": lambda: None,
-                   "random": lambda: tokens(model.encoder, batch, daily),
+            forcing, *rest = inputs.get(site, start, device)
+            forcing = F.pad(forcing, (0, 1), value=torch.nan)                   # (B, L, C+1)
+            return model.decode(model.encode(forcing, *rest))[0][..., -1]
+        encoded = {"frozen": lambda: coded[key][i].to(device, torch.float32), "": lambda: None,
+                   "random": lambda: tokens(model.encoder, inputs.get(site, start, device), daily),
                    "vectors": lambda: vectors[site][:, None].expand(-1, 2, -1)}[use]()
-        forcing, static, *_ = windows.get(site, start)
-        return model(*(x if x is None else x.to(device)
-                       for x in (encoded, forcing, static, patch)))
+        forcing, static, *_ = windows.get(site, start, device)
+        return model(encoded, forcing, static, patch)
 
     return model, predict
 

@@ -125,7 +125,7 @@ def train(o, sites):
         start = windows.starts(site, rng)
         hidden = model.draw_masks(o.batch_size, o.seq_len, generator)
         share = slice(rank * o.batch_size // world, (rank + 1) * o.batch_size // world)
-        batch = [x.to(device) for x in windows.get(site[share], start[share])]
+        batch = windows.get(site[share], start[share], device)
         with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
             errors, counts = wrapped(*batch, hidden=[h[share] for h in hidden])
         counts = torch.cat([counts, counts.new_tensor([len(asked)])])
@@ -211,12 +211,12 @@ class Windows:
         start = self.first[site] + rng.integers(0, room + 1)
         return np.minimum(start, self.forcing.shape[1] - self.days)
 
-    def get(self, site, start):
+    def get(self, site, start, device="cpu"):
         """forcing (B, L, C), static (B, S), latlon (B, 2), day_of_year (B, L)."""
         day = start[:, None] + np.arange(self.days)                             # (B, L)
-        forcing = scale(self.forcing[site[:, None], day], self.scaling)         # (B, L, C)
-        forcing = torch.from_numpy(forcing)
-        return forcing, self.static[site], self.latlon[site], self.day_of_year[day]
+        forcing = torch.from_numpy(scale(self.forcing[site[:, None], day], self.scaling))
+        values = forcing, self.static[site], self.latlon[site], self.day_of_year[day]
+        return [x.to(device) for x in values]
 
 
 def tile(chosen, days, length, warmup):
