@@ -111,7 +111,7 @@ class Predictor(nn.Module):
     Where a site has a single value, L = 1, and the residual path sees the attributes.
     """
 
-    def __init__(self, variant, sites, wide, o):
+    def __init__(self, variant, sites, encoder, o):
         super().__init__()
         (use, reads, head), d = VARIANTS[variant], o.width
         self.head = head or TASKS[o.task][0]
@@ -120,6 +120,7 @@ class Predictor(nn.Module):
         self.reads = {"": range(0), "weather": range(c), "static": range(2 * c, 2 * n),
                       "all": range(2 * n)}[reads]
         if use:
+            wide = encoder.config.d_model if encoder else sites.vectors.shape[1]
             self.norms = nn.ModuleList([nn.LayerNorm(wide), nn.LayerNorm(wide)])
             self.gain = nn.Parameter(torch.ones(2))
             self.expand = nn.Linear(wide, d) if wide != d else nn.Identity()
@@ -136,6 +137,7 @@ class Predictor(nn.Module):
                 nn.Flatten())
         if self.head in ("mlp", "cnn"):
             self.mlp = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU())
+        self.encoder = StefaLand(encoder.config) if use == "random" else None
 
     def forward(self, encoded, forcing, static, patch):
         """encoded (B, L+1, D): E of each day and of the site, or None; patch (B, K, H, W)."""
@@ -295,12 +297,10 @@ def prepare(o, variant, sites, windows, sets, encoder, inputs):
     elif use == "direct":
         model = widen(encoder)
     else:
-        model = Predictor(variant, sites, encoder.config.d_model if encoder else vectors.shape[1], o)
+        model = Predictor(variant, sites, encoder, o)
+    model.to(device)
     if use == "frozen":
         coded = {key: encode_windows(encoder, inputs, *x, daily, o) for key, x in sets.items()}
-    if use == "random":
-        model.encoder = StefaLand(encoder.config)
-    model.to(device)
 
     def predict(key, i, patch):
         patch, (site, start) = patch.to(device), (x[i] for x in sets[key])
@@ -350,8 +350,7 @@ def run(o, variant, sites, fold_of, fold, seed):
     scaling = {"forcing": fit_scaling(sites.forcing[training, past]),
                "static": fit_scaling(sites.static[fold_of != fold])}
     maps = np.moveaxis(sites.patches, 1, -1)                                    # (N, H, W, K)
-    if maps.size:
-        maps = scale(maps, fit_scaling(maps[training]))
+    maps = scale(maps, fit_scaling(maps[training]))
     patches = torch.tensor(np.moveaxis(maps, -1, 1))                            # (N, K, H, W)
 
     encoder, inputs, overlap, length = None, None, 0, min(365, len(sites.dates))
@@ -368,26 +367,26 @@ def run(o, variant, sites, fold_of, fold, seed):
                f"windows of {length} days, of which --warmup {o.warmup} are not scored")
     span, warmup = (length, o.warmup) if daily else (observed.shape[1], 0)
     windows = Windows(sites, scaling, span if daily else 1)
-    sets = {key: tile(chosen, days, span, warmup) for key, chosen, days in (
-        ("training", training, past), ("validation", validation, past), ("test", test, future))}
+    parts = {"training": (training, past), "validation": (validation, past), "test": (test, future)}
+    sets = {key: tile(*part, span, warmup) for key, part in parts.items()}
     model, predict = prepare(o, variant, sites, windows, sets, encoder, inputs)
 
-    def simulate(key, chosen, days):
-        """Observed and simulated values of some sites, (sites, days) each; of maps, each pixel."""
+    @torch.no_grad()
+    def simulate(key):
+        """Observed and simulated values, (sites, days) each; of maps, (pixels, 1)."""
         result = np.full(observed.shape, np.nan, np.float32)
         site, start = sets[key]
         late_first = np.argsort(-start, kind="stable")      # warmed-up days overwrite the others
         model.eval()
-        with torch.no_grad():
-            for i in np.array_split(late_first, len(site) // 128 + 1):
-                out = predict(key, i, patches[site[i]]).cpu().numpy()
-                for j, y in zip(i, undo(out)):
-                    skip = warmup if start[j] else 0
-                    result[site[j], start[j] + skip:start[j] + span] = y[skip:]
+        for i in np.array_split(late_first, len(site) // 128 + 1):
+            out = predict(key, i, patches[site[i]]).cpu().numpy()
+            for j, y in zip(i, undo(out)):
+                skip = warmup if start[j] else 0
+                result[site[j], start[j] + skip:start[j] + span] = y[skip:]
         model.train()
-        obs, sim = observed[chosen, days], result[chosen, days]
+        obs, sim = observed[parts[key]], result[parts[key]]
         known = ~np.isnan(obs)
-        return (obs[known, None], sim[known, None]) if variant in IMAGE_NETS else (obs, sim)
+        return (obs, sim) if daily else (obs[known, None], sim[known, None])
 
     def loss():
         i = rng.choice(len(sets["training"][0]), o.batch_size)
@@ -400,12 +399,12 @@ def run(o, variant, sites, fold_of, fold, seed):
         guess, truth = predict("training", i, patch), truth.nan_to_num().to(device)     # (B, L)
         return errors(guess, truth, site)[scored].mean()
 
-    best, seconds = fit(model, o, loss, lambda: skill(*simulate("validation", validation, past)))
-    obs, sim = simulate("test", test, future)
-    scores, owner = {"test": skill(obs, sim)}, test         # owner: the site of each row
+    best, seconds = fit(model, o, loss, lambda: skill(*simulate("validation")))
+    obs, sim = simulate("test")
+    owner = test if daily else test[np.nonzero(~np.isnan(observed[test]))[0]]   # site of each row
+    scores = {"test": skill(obs, sim)}
     if variant in IMAGE_NETS:
-        scores["training"] = skill(*simulate("training", training, past))
-        owner = test[np.nonzero(~np.isnan(observed[test]))[0]]
+        scores["training"] = skill(*simulate("training"))
     epoch = seconds / o.steps * len(sets["training"][0]) / o.batch_size
     print(f"fold {fold} seed {seed} {variant:<10} {len(training)} + {len(validation)} sites, "
           f"validation {best:.3f}; "
