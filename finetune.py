@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +79,10 @@ TASKS = {  # head, target -> what is learned, outputs -> target, loss, models co
     "height": ("map", np.asarray, np.asarray, F.mse_loss, "unet,unet++,pixel"),
 }
 IMAGE_NETS = {  # variants of the last two: channels in and out -> network
-    "unet": lambda c, k: UNet(c, k, width=16),
-    "unet++": lambda c, k: UNet(c, k, nested=True, width=16),
+    "unet": partial(UNet, width=16),
+    "unet++": partial(UNet, nested=True, width=16),
     "dynamicworld": DynamicWorld,
-    "pixel": lambda c, k: nn.Conv2d(c, k, 1),       # linear or logistic regression of each pixel
+    "pixel": partial(nn.Conv2d, kernel_size=1),     # linear or logistic regression of each pixel
 }
 VARIANTS = {  # where E comes from, what the residual path sees, the head if not the task's own
     "resconn": ("frozen", "weather", ""),
@@ -448,29 +449,28 @@ def main(argv=None):
     target = "streamflow" if o.task == "soil" else o.task
     sites = data.load(o.data, target, cache=Path(o.out) / "cache", static_only=o.static_only,
                       quick=o.quick)
+    changed = {key: value for key, value in vars(o).items() if value != getattr(Options, key)}
     if o.task == "soil":
-        sites = predict_attribute(sites, o.target)
+        sites, changed["target"] = predict_attribute(sites, o.target), o.target
     if o.vectors:
         sites = data.join_vectors(sites, o.vectors)
     setting = f"{o.task} {o.data.partition(':')[0]} {o.holdout}{o.folds}" + "".join(
-        f", {key} {getattr(o, key)}" for key in ("target", "recut", "missing", "labelled")
-        if getattr(o, key) != getattr(Options, key) or key == "target" and o.task == "soil")
-    for seed in range(o.seed, o.seed + o.seeds):
+        f", {key} {changed[key]}" for key in ("target", "recut", "missing", "labelled")
+        if key in changed)
+    folds = range(o.folds) if o.fold == "all" else [*map(int, o.fold.split(","))]
+    for seed, fold, variant in product(range(o.seed, o.seed + o.seeds), folds, o.model.split(",")):
+        name = " ".join([variant, *(changed[key] for key in ("adapter", "residual")
+                                    if key in changed and variant != "lstm")])
+        path = Path(o.out, "runs", f"{setting}, {name}, fold {fold}, seed {seed}.npz")
+        settings = json.dumps(vars(o) | dict(setting=setting, name=name, model=variant,
+                                             fold=fold, seed=seed, seeds=1))
+        if path.exists() and str(np.load(path)["settings"]) == settings:
+            print(f"{path}: done before")
+            continue
         fold_of = data.folds(sites, o.holdout, o.folds, seed if o.recut else 0)
-        for fold in range(o.folds) if o.fold == "all" else map(int, o.fold.split(",")):
-            for variant in o.model.split(","):
-                changed = [getattr(o, key) for key in ("adapter", "residual")
-                           if getattr(o, key) != getattr(Options, key) and variant != "lstm"]
-                name = " ".join([variant, *changed])
-                path = Path(o.out, "runs", f"{setting}, {name}, fold {fold}, seed {seed}.npz")
-                settings = json.dumps(vars(o) | dict(setting=setting, name=name, model=variant,
-                                                     fold=fold, seed=seed, seeds=1))
-                if path.exists() and str(np.load(path)["settings"]) == settings:
-                    print(f"{path}: done before")
-                    continue
-                arrays = run(o, variant, sites, fold_of, fold, seed)
-                data.write_atomically(path, lambda file: np.savez_compressed(
-                    file, settings=settings, **arrays))
+        arrays = run(o, variant, sites, fold_of, fold, seed)
+        data.write_atomically(
+            path, lambda file: np.savez_compressed(file, settings=settings, **arrays))
 
 
 if __name__ == "__main__":
