@@ -179,14 +179,13 @@ def widen(pretrained):
     c = pretrained.config
     model = StefaLand(replace(c, dynamic_names=(*c.dynamic_names, "target"),
                               dynamic_groups=(*c.dynamic_groups, "target")))
-    for key, value in model.state_dict().items():
-        old = pretrained.state_dict()[key]
-        value[tuple(map(slice, old.shape))] = old           # the new variable comes last
+    for new, old in zip(model.state_dict().values(), pretrained.state_dict().values()):
+        new[tuple(map(slice, old.shape))] = old             # the new variable comes last
     return model
 
 
 def load_encoder(path, sites, device):
-    """The frozen network of a checkpoint, its scaling and sites, and `sites` in its variables."""
+    """The frozen network of a checkpoint, all saved with it, and windows of `sites` for it."""
     model, saved = load_checkpoint(path)
     if saved["step"] < saved["options"]["steps"]:
         print(f"{path}: pretrained for {saved['step']} of {saved['options']['steps']} steps only")
@@ -201,27 +200,25 @@ def load_encoder(path, sites, device):
         values = np.pad(getattr(sites, field), pad, constant_values=np.nan)
         columns = [own.index(n) if n in own else -1 for n in known]     # the last one is missing
         arranged |= {field: values[..., columns], kind: known}
-    return model.to(device).eval().requires_grad_(False), saved, replace(sites, **arranged)
+    windows = Windows(replace(sites, **arranged), saved["scaling"], model.config.max_days)
+    return model.to(device).eval().requires_grad_(False), saved, windows
 
 
+@torch.no_grad()
 def encode_windows(model, windows, site, start, daily, o):
     """The frozen encoder's tokens() for fixed windows, once: (n, L+1, D) half, on disk if large."""
     shape = (len(site), windows.days + 1 if daily else 2, model.config.d_model)
-    if np.prod(shape) * 2 <= o.cache_gb * 1e9:
-        store = torch.empty(shape, dtype=torch.float16)
-    else:
-        file = tempfile.TemporaryFile(dir=o.out)
-        store = torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape))
-    with torch.no_grad():
-        for i in np.array_split(np.arange(len(site)), len(site) // 64 + 1):
-            batch = windows.get(site[i], start[i], model.position.device)
-            store[i] = tokens(model, batch, daily).half().cpu()
-    return store
+    fits = np.prod(shape) * 2 <= o.cache_gb * 1e9
+    store = np.empty(shape, np.float16) if fits else np.memmap(
+        tempfile.TemporaryFile(dir=o.out), np.float16, "w+", shape=shape)
+    for i in np.array_split(np.arange(len(site)), len(site) // 64 + 1):
+        store[i] = tokens(model, windows, site[i], start[i], daily).cpu()
+    return torch.from_numpy(store)
 
 
-def tokens(model, batch, daily):
+def tokens(model, windows, site, start, daily):
     """E of each day and of the site, (B, L+1, D); not daily: of the mean day and of the site."""
-    encoded = model.encode(*batch)
+    encoded = model.encode(*windows.get(site, start, model.position.device))
     return encoded if daily else torch.stack([encoded[:, :-1].mean(1), encoded[:, -1]], 1)
 
 
@@ -314,7 +311,7 @@ def prepare(o, variant, sites, windows, sets, encoder, inputs):
             forcing = F.pad(forcing, (0, 1), value=torch.nan)                   # (B, L, C+1)
             return model.decode(model.encode(forcing, *rest))[0][..., -1]
         encoded = {"frozen": lambda: coded[key][i].to(device, torch.float32), "": lambda: None,
-                   "random": lambda: tokens(model.encoder, inputs.get(site, start, device), daily),
+                   "random": lambda: tokens(model.encoder, inputs, site, start, daily),
                    "vectors": lambda: vectors[site][:, None].expand(-1, 2, -1)}[use]()
         forcing, static, *_ = windows.get(site, start, device)
         return model(encoded, forcing, static, patch)
@@ -343,31 +340,30 @@ def run(o, variant, sites, fold_of, fold, seed):
     training, validation, test = choose_sites(o, sites, fold_of, fold, rng)
     sites, daily = hide_groups(sites, test, o.missing, rng), sites.target.ndim == 2
     observed = sites.target.reshape(len(sites.ids), -1)     # (N, T); T = 1, or the pixels of a map
-    past = future = slice(0, observed.shape[1])
-    if daily:
-        past = day_slice(o.train_period, sites.dates, (0, 0.6))
-        future = day_slice(o.test_period, sites.dates, (0.6, 1))
-    target, errors, undo = goal(sites, o.task, training, past)
-    scaling = {"forcing": fit_scaling(sites.forcing[training, past]),
-               "static": fit_scaling(sites.static[fold_of != fold])}
-    maps = np.moveaxis(sites.patches, 1, -1)                                    # (N, H, W, K)
-    maps = scale(maps, fit_scaling(maps[training]))
-    patches = torch.tensor(np.moveaxis(maps, -1, 1))                            # (N, K, H, W)
 
-    encoder, inputs, overlap, length = None, None, 0, min(365, len(sites.dates))
+    encoder, inputs, overlap = None, None, 0
     if VARIANTS.get(variant, [""])[0] in ("frozen", "random", "direct"):
         path = (o.checkpoint or f"{o.out}/pretrained.pt").replace("{fold}", str(fold))
-        encoder, saved, view = load_encoder(path, sites, device)
+        encoder, saved, inputs = load_encoder(path, sites, device)
         overlap = len({*map(data.gauge, sites.ids[test])} & {*map(data.gauge, saved["ids"])})
         data.check(o.allow_overlap or not overlap,
                    f"{path} has seen {overlap} of the {len(test)} test sites; pretrain "
                    f"with --holdout {o.holdout} --folds {o.folds} --fold {fold}")
-        length = encoder.config.max_days
-        inputs = Windows(view, saved["scaling"], length)
-    data.check(not daily or length > o.warmup,
-               f"windows of {length} days, of which --warmup {o.warmup} are not scored")
-    span, warmup = (length, o.warmup) if daily else (observed.shape[1], 0)
+    span, warmup = observed.shape[1], 0
+    past = future = slice(0, span)
+    if daily:
+        past = day_slice(o.train_period, sites.dates, (0, 0.6))
+        future = day_slice(o.test_period, sites.dates, (0.6, 1))
+        span, warmup = inputs.days if inputs else min(365, span), o.warmup
+    data.check(span > warmup, f"windows of {span} days, of which --warmup {warmup} are not scored")
+
+    target, errors, undo = goal(sites, o.task, training, past)
+    scaling = {"forcing": fit_scaling(sites.forcing[training, past]),
+               "static": fit_scaling(sites.static[fold_of != fold])}
     windows = Windows(sites, scaling, span if daily else 1)
+    maps = np.moveaxis(sites.patches, 1, -1)                                    # (N, H, W, K)
+    maps = scale(maps, fit_scaling(maps[training]))
+    patches = torch.tensor(np.moveaxis(maps, -1, 1))                            # (N, K, H, W)
     parts = {"training": (training, past), "validation": (validation, past), "test": (test, future)}
     sets = {key: tile(*part, span, warmup) for key, part in parts.items()}
     model, predict = prepare(o, variant, sites, windows, sets, encoder, inputs)
@@ -395,10 +391,9 @@ def run(o, variant, sites, fold_of, fold, seed):
         truth, patch = target.unfold(1, span, 1)[site, start], patches[site]    # (B, L)
         if variant in IMAGE_NETS:
             truth, patch = crop(truth, patch, o.buffer, rng)
-        scored = ~truth.isnan()
-        scored[:, :warmup] = False
+        scored = ~truth[:, warmup:].isnan()
         guess, truth = predict("training", i, patch), truth.nan_to_num().to(device)     # (B, L)
-        return errors(guess, truth, site)[scored].mean()
+        return errors(guess, truth, site)[:, warmup:][scored].mean()
 
     best, seconds = fit(model, o, loss, lambda: skill(*simulate("validation")))
     obs, sim = simulate("test")
