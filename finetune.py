@@ -134,8 +134,7 @@ class Predictor(nn.Module):
         if self.head == "cnn":
             self.cnn = nn.Sequential(
                 nn.Conv2d(sites.patches.shape[1], d // 4, 3, padding=1), nn.GELU(), nn.MaxPool2d(2),
-                nn.Conv2d(d // 4, d, 3, padding=1), nn.GELU(), nn.AdaptiveAvgPool2d(1),
-                nn.Flatten())
+                nn.Conv2d(d // 4, d, 3, padding=1), nn.GELU())
         if self.head in ("mlp", "cnn"):
             self.mlp = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU())
         self.encoder = StefaLand(encoder.config) if use == "random" else None
@@ -155,11 +154,11 @@ class Predictor(nn.Module):
         if self.adapter is not None:
             x = x + self.adapter(x)
         if self.head == "cnn":
-            x = x + self.cnn(patch)[:, None]                                    # (B, 1, width)
-        if self.head == "linear":
-            return self.output(x)[..., 0]
-        x = self.lstm(self.dropout(x))[0] if self.head == "lstm" else self.mlp(self.dropout(x))
-        return self.output(self.dropout(x))[..., 0]                             # (B, L)
+            x = x + self.cnn(patch).mean((2, 3))[:, None]                       # (B, 1, width)
+        if self.head != "linear":
+            x = self.dropout(x)
+            x = self.dropout(self.lstm(x)[0] if self.head == "lstm" else self.mlp(x))
+        return self.output(x)[..., 0]                                           # (B, L)
 
 
 class Experts(nn.Module):

@@ -214,9 +214,9 @@ class Windows:
     def get(self, site, start, device="cpu"):
         """forcing (B, L, C), static (B, S), latlon (B, 2), day_of_year (B, L)."""
         day = start[:, None] + np.arange(self.days)                             # (B, L)
-        forcing = torch.from_numpy(scale(self.forcing[site[:, None], day], self.scaling))
-        values = forcing, self.static[site], self.latlon[site], self.day_of_year[day]
-        return [x.to(device) for x in values]
+        forcing = scale(self.forcing[site[:, None], day], self.scaling)         # (B, L, C)
+        return [x.to(device) for x in (torch.from_numpy(forcing), self.static[site],
+                                       self.latlon[site], self.day_of_year[day])]
 
 
 def tile(chosen, days, length, warmup):
