@@ -223,9 +223,9 @@ def tokens(model, windows, site, start, daily):
 
 def choose_sites(o, sites, fold_of, fold, rng):
     """Indices of training, validation and test sites, all with targets; test is the fold."""
-    keys = np.array([data.gauge(i) for i in sites.ids])
-    wanted = np.isin(keys, Path(o.basins).read_text().split()) if o.basins else keys == keys
-    wanted &= ~np.isnan(sites.target.reshape(len(keys), -1)).all(1)
+    wanted = ~np.isnan(sites.target.reshape(len(sites.ids), -1)).all(1)
+    if o.basins:
+        wanted &= np.isin([*map(data.gauge, sites.ids)], Path(o.basins).read_text().split())
     test = np.flatnonzero(wanted & (fold_of == fold))
     pool = rng.permutation(np.flatnonzero(wanted & (fold_of != fold)))[:o.labelled or None]
     validation, training = map(np.sort, np.split(pool, [max(len(pool) // 7, 1)]))
@@ -286,7 +286,7 @@ def prepare(o, variant, sites, windows, sets, encoder, inputs):
     windows, inputs: the sites as the head and as the encoder read them. Classes: (B, kinds, L).
     """
     device, daily = setup(o.device)[2], sites.target.ndim == 2
-    use, _, _ = VARIANTS.get(variant, ("", "", ""))
+    use = VARIANTS.get(variant, [""])[0]
     vectors = torch.tensor(sites.vectors, device=device).nan_to_num()           # (N, 64)
     if variant in IMAGE_NETS:
         kinds = int(np.nanmax(sites.target)) + 1 if o.task == "landcover" else 1
