@@ -183,9 +183,17 @@ def widen(pretrained):
     return model
 
 
-def load_encoder(path, sites, device):
-    """The frozen network of a checkpoint, all saved with it, and windows of `sites` for it."""
+def load_encoder(o, fold, sites, test):
+    """The frozen network of --checkpoint, windows of `sites` for it, number of test sites seen.
+
+    ValueError if it has seen test sites, unless --allow-overlap: they would leak into the score.
+    """
+    path = (o.checkpoint or f"{o.out}/pretrained.pt").replace("{fold}", str(fold))
     model, saved = load_checkpoint(path)
+    overlap = len({*map(data.gauge, sites.ids[test])} & {*map(data.gauge, saved["ids"])})
+    data.check(o.allow_overlap or not overlap,
+               f"{path} has seen {overlap} of the {len(test)} test sites; pretrain "
+               f"with --holdout {o.holdout} --folds {o.folds} --fold {fold}")
     if saved["step"] < saved["options"]["steps"]:
         print(f"{path}: pretrained for {saved['step']} of {saved['options']['steps']} steps only")
     lack = max(model.config.max_days - len(sites.dates), 0)     # sites without weather: all missing
@@ -200,7 +208,7 @@ def load_encoder(path, sites, device):
         columns = [own.index(n) if n in own else -1 for n in known]     # the last one is missing
         arranged |= {field: values[..., columns], kind: known}
     windows = Windows(replace(sites, **arranged), saved["scaling"], model.config.max_days)
-    return model.to(device).eval().requires_grad_(False), saved, windows
+    return model.to(setup(o.device)[2]).eval().requires_grad_(False), windows, overlap
 
 
 @torch.no_grad()
@@ -342,12 +350,7 @@ def run(o, variant, sites, fold_of, fold, seed):
 
     encoder, inputs, overlap = None, None, 0
     if VARIANTS.get(variant, [""])[0] in ("frozen", "random", "direct"):
-        path = (o.checkpoint or f"{o.out}/pretrained.pt").replace("{fold}", str(fold))
-        encoder, saved, inputs = load_encoder(path, sites, device)
-        overlap = len({*map(data.gauge, sites.ids[test])} & {*map(data.gauge, saved["ids"])})
-        data.check(o.allow_overlap or not overlap,
-                   f"{path} has seen {overlap} of the {len(test)} test sites; pretrain "
-                   f"with --holdout {o.holdout} --folds {o.folds} --fold {fold}")
+        encoder, inputs, overlap = load_encoder(o, fold, sites, test)
     span, warmup = observed.shape[1], 0
     past = future = slice(0, span)
     if daily:

@@ -516,7 +516,8 @@ def test_finetuning_at_held_out_sites():
     (out / "half.pt").write_bytes((out / "pretrained.pt").read_bytes()[:5000])
     for error, name, words in ((FileNotFoundError, "no.pt", "train.py first"),
                                (ValueError, "half.pt", "half.pt is no checkpoint")):
-        raises(error, words, finetune.load_encoder, out / name, sites, "cpu")
+        o.checkpoint = str(out / name)
+        raises(error, words, finetune.load_encoder, o, 0, sites, [])
 
 
 def test_windows_adapters_and_encoder_cache():
