@@ -340,8 +340,13 @@ def read_npz(path, **axes):
         fits = values.ndim == len(letters) and all(
             0 < size == sizes.setdefault(axis, size) for axis, size in zip(letters, values.shape))
         check(fits, f"{path}: {name} has the shape {values.shape}, axes {letters} of {sizes}")
+        check(values.dtype.kind in ("UM" if name in NPZ_TEXT else "biuf"),
+              f"{path}: {name} holds {values.dtype}")
         check(values.dtype.kind != "f" or not np.isinf(values).any(), f"{path}: {name} is infinite")
     return arrays
+
+
+NPZ_TEXT = ("id", "s2_names", "s2_bands", "s2_dates", "ndvi_dates")     # the other arrays: numbers
 
 
 def read_attributes(paths, source, delimiter=","):
@@ -479,7 +484,7 @@ def read_landslide(folder, size=17):
     points = read_table(path, ["x", "y", *names], ["x", "y", "lslpts", *names])
     raster = read_npz(one_file(folder, "*.npz"), ta="khw", xmin="", ymax="", res="")
     left, top, cell, maps = (raster[key] for key in ("xmin", "ymax", "res", "ta"))
-    check(cell > 0, f"{folder}: a raster of {cell} m")
+    check(cell > 0 and not np.isnan(left + top), f"{folder}: cells of {cell} m from {left}, {top}")
     lat = (points["y"] - 1e7) / 110_578                     # degrees, right to some 100 m
     lon = -81 + (points["x"] - 5e5) / (111_276 * np.cos(np.deg2rad(lat)))
     labels = {"TRUE": 1, "1": 1, "FALSE": 0, "0": 0}
@@ -515,7 +520,8 @@ def join_vectors(sites, path, within=5.0):
     if Path(path).suffix == ".npz":
         table = read_npz(path)
         name = next((k for k, v in table.items() if v.shape[1:] == (64,)), "an array of 64 columns")
-        vectors = read_npz(path, **{name: "nk"})[name]
+        axes = dict(id="n") if "id" in table else dict(lat="n", lon="n")
+        vectors = read_npz(path, **{name: "nk"}, **axes)[name]
     else:
         names = [f"A{i:02d}" for i in range(64)]
         table = read_table(path, [*names, "lat", "lon"], names)
@@ -617,11 +623,15 @@ def read_s2(folder):
 
 
 def read_tiles(folder):
-    """Blocks of an image x.npy (C, H, W), int8 as AlphaEarth's, and its map y.npy (H, W)."""
+    """Blocks of an image x.npy (C, H, W), int8 as AlphaEarth's, and its map y.npy (H, W).
+
+    No data: NaN, below -998, or AlphaEarth's -128; the map may have such pixels, the image not.
+    """
     x = read_npz(one_file(folder, "x.npy"), x="chw")["x"]
     y = read_npz(one_file(folder, "y.npy"), y="hw")["y"]
     if x.dtype == np.int8:
-        x = np.sign(x) * (x / 127.5) ** 2
+        x = np.where(x == -128, np.nan, np.sign(x) * (x / 127.5) ** 2)
+    x, y = (np.where(values < -998, np.nan, values) for values in (x, y))
     return blocks(folder, x, height=y, landcover=y)
 
 

@@ -275,7 +275,8 @@ def goal(sites, task, training, past):
         weight[training] = torch.from_numpy(1 / (deviation + 0.1) ** 2).float()
     if loss is F.cross_entropy:
         label = torch.from_numpy(known[~np.isnan(known)])
-        data.check(bool((label % 1 == 0).all()), f"{task}: classes must be 0, 1, 2 and so on")
+        data.check(bool(((label >= 0) & (label % 1 == 0)).all()),
+                   f"{task}: classes must be 0, 1, 2 and so on")
         count = label.long().bincount(minlength=int(np.nanmax(learned)) + 1)
         rarity = label.numel() / count.clamp(min=1) / len(count)
 

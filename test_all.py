@@ -239,6 +239,15 @@ def test_archives_of_the_other_tasks():
     np.testing.assert_equal(data.join_vectors(s, path).vectors[:, 0], [nan, 0.5, nan])
     path.write_text(path.read_text() + "\n" + row)
     raises(ValueError, "id .*us_2.* twice", data.join_vectors, s, path)
+    image, y = np.full((1, 20, 20), -51, np.int8), np.full((20, 20), 7.0)
+    y[0] = -9999
+    np.save(folder / "x.npy", image)
+    np.save(folder / "y.npy", y)
+    s = data.load(f"tiles:{folder}", "height", cache=None)
+    assert np.allclose(s.patches, -0.16) and (s.target == 7).sum() == 19 * 20   # -(51 / 127.5)^2
+    image[0, 5, 5] = -128                                   # AlphaEarth's mark of no data
+    np.save(folder / "x.npy", image)
+    raises(ValueError, "without data", data.load, f"tiles:{folder}", "height", cache=None)
 
 
 def test_changed_archives_load_or_say_why():
@@ -425,6 +434,9 @@ def test_finetuning_at_held_out_sites():
     written = tune("--model resconn,lstm,noresconn,linear,scratch,direct")
     assert tune("--model lstm") == written                  # the same settings: not once more
     assert tune("--model lstm --steps 9") != written
+    for task, y in (("streamflow", [0, 0.3, 9]), ("soil_moisture", [0.2]), ("height", [-3, 4000])):
+        _, forth, back, *_ = finetune.TASKS[task]
+        close(back(forth(np.array(y))), np.array(y))
     for task in ("soil_moisture", "soil", "landslide"):     # of a value per site: also its R2, AUC
         tune(f"--task {task} --model {finetune.TASKS[task][-1]},alphaearth-resconn")
     evaluate.main(["--out", out])
@@ -433,6 +445,8 @@ def test_finetuning_at_held_out_sites():
         assert np.array_equal(result["ids"], sites.ids[test]) and result["overlap"] == 0, name
         assert np.array_equal(result["obs"], sites.target[test, -len(result["dates"]):]), name
         assert np.isfinite(result["sim"]).all() and (result["sim"] >= 0).all(), name
+    (result,) = runs["landslide synthetic pub5"]["cnn"]
+    assert 0 < result["sim"].min() and result["sim"].max() < 1                  # probabilities
     (result,), clay = runs["soil synthetic pub5, target clay"]["glm"], sites.static[test, 3]
     assert np.array_equal(result["obs"][:, 0], clay[~np.isnan(clay)])
     blind = finetune.predict_attribute(sites, "forest")     # nor may a fraction give another away
@@ -445,6 +459,7 @@ def test_finetuning_at_held_out_sites():
     assert np.array_equal(first, finetune.run(o, "resconn", sites, fold, 0, 0)["sim"])
     o.missing = 1.0
     assert not np.array_equal(first, finetune.run(o, "resconn", sites, fold, 0, 0)["sim"])
+    sites.ids = np.char.add("camels_", sites.ids)           # the same gauges in another archive
     raises(ValueError, "seen .* test sites", finetune.run, o, "resconn", sites, fold, 1, 0)
     raises(ValueError, "'elastic': expected", tune, "--adapter elastic")
 
