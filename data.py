@@ -121,8 +121,8 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", stati
         print(f"{spec}: {len(records) - len(kept)} of {len(records)} sites left out, they lack "
               + ("most attributes" if static_only else "a daily series"))
         sites = assemble(kept, target)
-        for name, path in files.items() if cache else ():
-            write_atomically(path, lambda file: np.save(file, getattr(sites, name)))
+        for name, path in files.items() if cache else ():   # another process may do so, too
+            write_atomically(path, lambda file: np.save(file, getattr(sites, name)), os.getpid())
     if cache:                               # what is not used stays on disk
         try:
             arrays = {name: np.load(path, mmap_mode="r") for name, path in files.items()}
@@ -736,9 +736,9 @@ def day_of_year(dates):
     return (dates - dates.astype("datetime64[Y]")).astype(int) + 1
 
 
-def write_atomically(path, write):
+def write_atomically(path, write, suffix="new"):
     """Call write(file) on a temporary file, then rename it to `path`: never half an output."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")   # another process may write it too
+    temporary = path.with_name(f".{path.name}.{suffix}")    # a killed one is written over
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
