@@ -314,7 +314,9 @@ def number(field):
         value = float(field or "nan")
     except ValueError:
         return np.nan if field in ("NA", "NULL") else None
-    return None if abs(value) > 3.4e38 else np.nan if value < -998 else value
+    if abs(value) > 3.4e38:
+        return None
+    return np.nan if value < -998 else value
 
 
 # every date that a table may hold, as 2000-01-31 or 2000/01/31, in days since 1970
