@@ -538,7 +538,8 @@ def join_vectors(sites, path, within=5.0):
         places = np.stack([table["lat"], table["lon"]], 1)
         wrong = places[(abs(places) > (90, 360)).any(1)]
         check(not len(wrong), f"{path}: latitude and longitude {wrong[:1]} out of range")
-        near, limit = on_sphere(sites.latlon) @ on_sphere(places).T, np.cos(within / 6371)
+        cosine = on_sphere(sites.latlon) @ on_sphere(places).T                  # (N, n)
+        near, limit = np.nan_to_num(cosine, nan=-1), np.cos(within / 6371)
     found = np.where(near.max(1) > limit, near.argmax(1), -1)
     check((found >= 0).any(), f"{path}: has a vector for none of the sites")
     vectors = np.vstack([vectors, np.full(64, np.nan)])[found]                  # last row: none

@@ -231,7 +231,7 @@ def test_archives_of_the_other_tasks():
         s = vars(data.load(f"{kind}:{folder}", cache=None, **options))
         np.testing.assert_equal({name: s[name] for name in expected}, expected)
     s, path = data.load(f"caravan:{folder},camels:{folder}", cache=None), folder / "points.npz"
-    np.savez(path, lat=[40.5, 47.22], lon=[-75, -68.6], v=np.eye(2, 64, dtype="f4"))
+    np.savez(path, lat=[40.5, 47.22, nan], lon=[-75, -68.6, 0], v=np.eye(3, 64, dtype="f4"))
     vectors = data.join_vectors(s, path).vectors            # the last site is 2 km away
     np.testing.assert_equal(vectors[:, :2], [[1, 0], [nan, nan], [0, 1]])
     path, row = folder / "points.csv", "us_2" + 64 * ",0.5"
@@ -350,9 +350,11 @@ def test_checkpoint_resume_holdout_and_refusal():
     close(same["model"], saved["model"], atol=0)
     sites, ids = data.load(quick=True), saved["ids"]
     held, seen = data.folds(sites, "pub", 3) == 1, np.isin(sites.ids, ids)
-    assert ids and not (held & seen).any()
+    validation = data.folds(sites, "pub", 10, seed=1) == 0
+    assert np.array_equal(seen, ~held & ~validation)
     close(saved["latlon"], torch.tensor(sites.latlon[seen]))
     close(saved["scaling"]["static"], train.fit_scaling(sites.static[seen]))
+    assert "other training sites" in run("--resume --fold 2", out, code=1)[0]
     whole = path.read_bytes()
     text, _ = run("--resume --steps 15 --save-every 99 --lr 1e30", out, code=1)
     assert "FloatingPointError: loss" in text and path.read_bytes() == whole
