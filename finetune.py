@@ -1,23 +1,24 @@
 """Predict at sites without observations: frozen encoder, residual adapter, small head.
 
     python train.py && python finetune.py               streamflow: resconn and the LSTM, one fold
-    python finetune.py --task soil                      or one of the other TASKS below
     python finetune.py --model resconn,lstm --labelled 60 --seeds 3 --fold all
     python finetune.py --data caravan:DIR --checkpoint out/pub{fold}/pretrained.pt --fold all
     python eval.py                                      the table over all runs
 
 r_t = linear(conv1d(weather_t)); h = LSTM(E_t + r_t); y_t = linear(h_t), E_t from the encoder. No
-site of the test fold is trained on, nor may the checkpoint have seen it. A run whose file is under
-out/runs, with the same settings, is not repeated.
+site of the test fold is trained on, nor may the checkpoint have seen it. A run leaves predictions
+in out/runs/*.npz and its model beside them: load("….pt").predict(sites). Other tasks plug in from
+applications/ by a Task, if need be Variants and a reader, and main().
 """
 
 import json
+import math
 import tempfile
 import time
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -25,450 +26,399 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from eval import skill
-from model import Dropout, DynamicWorld, StefaLand, UNet
-from train import (Windows, day_slice, descend, fit_scaling, learning_rate, load_checkpoint,
-                   option, parse, scale, setup, tile)
+from eval import SCORINGS
+from model import Config, Dropout, StefaLand
+from train import (Windows, cover_with_windows, day_slice, descend, fit_standardisation,
+                   learning_rate, load_checkpoint, load_file, option, parse, setup)
 
 
 @dataclass
 class Options:
-    task: str = option("streamflow",
-                       "one of streamflow, soil_moisture, soil, landslide, landcover, height")
-    data: str = option("synthetic", "synthetic, or sources: caravan:DIR,camels:DIR")
-    model: str = option("", "variants, joined by commas; empty: resconn and the task's baselines")
-    target: str = option("clay", "what --task soil predicts: clay, silt, sand, another attribute")
-    vectors: str = option("", "AlphaEarth vectors, csv or npz, for --model alphaearth")
-    checkpoint: str = option("", "pretrained weights, {fold} = the fold; empty: those in --out")
-    out: str = option("out", "folder of checkpoint, cache and runs")
-    holdout: str = option("pub", "pub (random sites) or pur (regions)")
-    folds: int = option(5, "number of folds")
-    fold: str = option("0", "folds to test on, joined by commas, or all")
-    recut: bool = option(False, "other folds for every seed (the encoder must know none of them)")
-    seeds: int = option(1, "repetitions, with other weights, batches and labelled sites")
-    seed: int = option(0, "the first seed")
-    basins: str = option("", "file with a gauge per line: only these, after the folds are cut")
-    labelled: int = option(0, "sites with observations, a seventh of them for validation; 0: all")
-    missing: float = option(0.0, "share of the attribute groups hidden at test sites")
-    train_period: str = option("", "FROM/TO, like 1989-10-01/1999-09-30; empty: 60 % of the days")
-    test_period: str = option("", "FROM/TO; empty: the last 40 % of the days")
-    static_only: bool = option(False, "attributes alone, also of gauges without a series")
-    adapter: str = option("residual", "residual, feedforward, bottleneck, gated or experts")
-    residual: str = option("weather", "what the residual path sees: weather, or all inputs")
-    width: int = option(64, "hidden width of head and baseline")
-    steps: int = option(600, "optimiser steps")
-    batch_size: int = option(32, "windows per step")
-    lr: float = option(2e-3, "peak learning rate")
-    dropout: float = option(0.2, "before the head and before its output")
-    warmup: int = option(120, "first days of a window that are not scored")
-    buffer: int = option(2, "pixels at the edge of a block not learned from (landcover, height)")
-    cache_gb: float = option(4.0, "encoded windows beyond this go to a memory map on disk")
-    allow_overlap: bool = option(False, "test on sites the checkpoint has seen; the run says so")
-    device: str = option("", "cuda, cpu …; empty: cuda if there is one")
-    quick: bool = option(False, "the same path in under a minute, nothing learned")
+    task: str = option("data", "streamflow", "one of finetune.TASKS")
+    data: str = option("data", "synthetic", "synthetic, or caravan:DIR, camels:DIR, csv:DIR, "
+                                            "joined by commas")
+    out: str = option("data", "out", "folder of checkpoint, cache and runs")
+    basins: str = option("data", "", "file with a gauge a line: only these, once folds are cut")
+    train_period: str = option("data", "", "FROM/TO, as 1989-10-01/1999-09-30; empty: first 60 %")
+    test_period: str = option("data", "", "FROM/TO; empty: the last 40 % of the days")
+    holdout: str = option("hold-out", "pub", "pub (random sites) or pur (regions)")
+    folds: int = option("hold-out", 5, "number of folds")
+    fold: str = option("hold-out", "0", "folds to test on, joined by commas, or all")
+    reshuffle_folds: bool = option("hold-out", False, "other folds for every seed")
+    labelled: int = option("hold-out", 0, "sites with observations, a seventh of them for "
+                                          "validation; 0: all")
+    missing: float = option("hold-out", 0.0, "share of attribute groups hidden at test sites")
+    allow_overlap: bool = option("hold-out", False, "test sites may be known to the checkpoint")
+    model: str = option("model", "", "of finetune.VARIANTS, joined by commas; empty: the task's")
+    checkpoint: str = option("model", "", "pretrained weights, {fold} = the fold; empty: in --out")
+    width: int = option("model", 64, "hidden width of head and baseline")
+    dropout: float = option("model", 0.2, "before the head and before its output")
+    warmup: int = option("model", 120, "first days of a window that are not scored")
+    steps: int = option("training", 600, "optimiser steps")
+    batch_size: int = option("training", 32, "windows per step")
+    lr: float = option("training", 2e-3, "peak learning rate")
+    seeds: int = option("training", 1, "repetitions, with other weights, batches, labelled sites")
+    seed: int = option("training", 0, "the first seed")
+    device: str = option("training", "", "cuda, cpu …; empty: cuda if there is one")
+    quick: bool = option("training", False, "the same path in under a minute, nothing learned")
 
 
-TASKS = {  # head, target -> what is learned, outputs -> target, loss, models compared by default
-    "streamflow": ("lstm", lambda y: np.sqrt(np.maximum(y, 0)), lambda y: np.maximum(y, 0) ** 2,
-                   F.mse_loss, "resconn,lstm"),
-    "soil_moisture": ("lstm", np.asarray, np.asarray, F.mse_loss, "resconn,lstm"),
-    "soil": ("mlp", np.asarray, np.asarray, F.mse_loss, "resconn,mlp,glm"),
-    "landslide": ("cnn", np.asarray, lambda y: 1 / (1 + np.exp(-y)),
-                  F.binary_cross_entropy_with_logits, "resconn,cnn,glm"),
-    "landcover": ("map", np.asarray, lambda y: y.argmax(1), F.cross_entropy, "unet,pixel"),
-    "height": ("map", np.asarray, np.asarray, F.mse_loss, "unet,unet++,pixel"),
+class LSTMHead(nn.Module):
+    """One LSTM over the days: (B, L, width) -> (B, L)."""
+
+    def __init__(self, width, dropout, shapes):
+        super().__init__()
+        self.dropout, self.output = Dropout(dropout), nn.Linear(width, 1)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+
+    def forward(self, x, extra):
+        x, _ = self.lstm(self.dropout(x))                                       # (B, L, width)
+        return self.output(self.dropout(x))[..., 0]
+
+
+class LinearHead(nn.Module):
+    """Each day by itself: (B, L, width) -> (B, L)."""
+
+    def __init__(self, width, dropout, shapes):
+        super().__init__()
+        self.output = nn.Linear(width, 1)
+
+    def forward(self, x, extra):
+        return self.output(x)[..., 0]
+
+
+def unchanged(y, sites):
+    return y
+
+
+def square_root(y, sites):
+    return np.sqrt(np.maximum(y, 0))
+
+
+def square(y, sites):
+    return np.maximum(y, 0) ** 2
+
+
+@dataclass
+class Task:
+    """What is predicted, and how it is learned and scored."""
+    target: str                         # a daily series, or an entry of Sites.extra: a value a site
+    models: str = "resconn,lstm"        # variants compared by default
+    baseline: str = "lstm"              # the one that the table measures gains against
+    inputs: tuple = ("forcing",)        # what the residual path reads
+    head: type = LSTMHead               # head(width, dropout, shapes of Sites.extra); its forward
+    extra: tuple = ()                   # takes (B, L, width) and these entries of Sites.extra
+    loss: Callable = F.mse_loss         # of what is learned, with reduction="none"
+    standardised: bool = True           # what is learned has mean 0 and deviation 1
+    transform: Callable = unchanged     # target (N, T), sites -> what is learned, (N, T)
+    inverse: Callable = unchanged       # and back
+    scoring: str = "series"             # one of eval.SCORINGS; its first score stops training
+    prepare: Callable = None            # prepare(sites, options) -> sites, once they are loaded
+
+
+@dataclass
+class Variant:
+    """A network: where E comes from, and what else reaches the head."""
+    embedding: str = "frozen"           # encoder: frozen, tuned or random; an entry of Sites.extra
+    inputs: tuple = None                # what the residual path reads; None: as the task says
+    head: type = None                   # in place of the task's; may begin with another adapter
+
+
+TASKS = {"streamflow": Task("streamflow", transform=square_root, inverse=square)}       # mm/d
+VARIANTS = {
+    "resconn": Variant(),
+    "noresconn": Variant(inputs=()),
+    "linear": Variant(inputs=(), head=LinearHead),
+    "scratch": Variant("random"),
+    "direct": Variant("tuned", inputs=()),      # a target that is always hidden tells E nothing
+    "lstm": Variant("", inputs=("forcing", "static")),
 }
-IMAGE_NETS = {  # variants of the last two: channels in and out -> network
-    "unet": partial(UNet, width=16),
-    "unet++": partial(UNet, nested=True, width=16),
-    "dynamicworld": DynamicWorld,
-    "pixel": partial(nn.Conv2d, kernel_size=1),     # linear or logistic regression of each pixel
-}
-VARIANTS = {  # where E comes from, what the residual path sees, the head if not the task's own
-    "resconn": ("frozen", "weather", ""),
-    "noresconn": ("frozen", "", ""),
-    "linear": ("frozen", "", "linear"),
-    "scratch": ("random", "weather", ""),
-    "direct": ("direct", "", ""),
-    "alphaearth": ("vectors", "", ""),
-    "alphaearth-resconn": ("vectors", "weather", ""),
-    "lstm": ("", "all", ""),        # the same baseline under the name of the task's head
-    "mlp": ("", "all", ""),
-    "cnn": ("", "", ""),            # patches alone
-    "glm": ("", "all", "linear"),   # linear or logistic regression
-}
-ADAPTERS = {  # what is added to x = E + r
-    "residual": lambda d: None,
-    "feedforward": lambda d: nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, d)),
-    "bottleneck": lambda d: nn.Sequential(nn.Linear(d, d // 8), nn.GELU(), nn.Linear(d // 8, d)),
-    "gated": lambda d: nn.Sequential(nn.Linear(d, 2 * d), nn.GLU()),
-    "experts": lambda d: Experts(d, 4),
-}
+ENCODER = ("frozen", "tuned", "random")
 
 
 class Predictor(nn.Module):
-    """Tokens of the encoder and residual path -> adapter -> head: a number per day, (B, L).
+    """Embedding + residual path -> head: a number per day, (B, L).
 
-    Where a site has a single value, L = 1, and the residual path sees the attributes.
+    `settings`, plain values, and the weights are all that it takes to predict at other sites. A
+    task with a value per site has windows of one day, L = 1: E is of the mean day of a year.
     """
 
-    def __init__(self, variant, sites, encoder, o):
+    def __init__(self, settings, encoder=None):
         super().__init__()
-        (use, reads, head), d = VARIANTS[variant], o.width
-        self.head = head or TASKS[o.task][0]
-        c, n = len(sites.dynamic_names), len(sites.dynamic_names + sites.static_names)
-        reads = reads and ((o.residual if use else reads) if sites.target.ndim == 2 else "static")
-        self.reads = {"": range(0), "weather": range(c), "static": range(2 * c, 2 * n),
-                      "all": range(2 * n)}[reads]
-        if use:
-            wide = encoder.config.d_model if encoder else sites.vectors.shape[1]
-            self.norms = nn.ModuleList([nn.LayerNorm(wide), nn.LayerNorm(wide)])
+        self.settings, width, shapes = settings, settings["width"], settings["shapes"]
+        self.task, self.variant = TASKS[settings["task"]], VARIANTS[settings["variant"]]
+        self.encoder, embedding = encoder, self.variant.embedding
+        if embedding in ENCODER:
+            self.encoder = encoder or StefaLand(Config(**settings["config"]))
+            self.encoder.requires_grad_(embedding != "frozen")
+        if embedding:
+            d = self.encoder.config.d_model if self.encoder else shapes[embedding]
+            self.day_norm, self.site_norm = nn.LayerNorm(d), nn.LayerNorm(d)
             self.gain = nn.Parameter(torch.ones(2))
-            self.expand = nn.Linear(wide, d) if wide != d else nn.Identity()
-        if self.reads:
-            self.conv, self.mix = nn.Conv1d(len(self.reads), d, 3, padding=1), nn.Linear(d, d)
-        self.adapter = ADAPTERS[o.adapter](d) if use else None
-        self.dropout, self.output = Dropout(o.dropout), nn.Linear(d, 1)
-        if self.head == "lstm":
-            self.lstm = nn.LSTM(d, d, batch_first=True)
-        if self.head == "cnn":
-            self.cnn = nn.Sequential(
-                nn.Conv2d(sites.patches.shape[1], d // 4, 3, padding=1), nn.GELU(), nn.MaxPool2d(2),
-                nn.Conv2d(d // 4, d, 3, padding=1), nn.GELU())
-        if self.head in ("mlp", "cnn"):
-            self.mlp = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU())
-        self.encoder = StefaLand(encoder.config) if use == "random" else None
+            self.expand = nn.Linear(d, width) if d != width else nn.Identity()
+        self.inputs = self.task.inputs if self.variant.inputs is None else self.variant.inputs
+        self.flags = "static" in self.inputs                # weather alone comes without them
+        if self.inputs:
+            channels = sum(len(settings[name + "_names"]) for name in self.inputs)
+            self.conv = nn.Conv1d(channels * (2 if self.flags else 1), width, 3, padding=1)
+            self.mix = nn.Linear(width, width)
+        self.head = (self.variant.head or self.task.head)(width, settings["dropout"], shapes)
 
-    def forward(self, encoded, forcing, static, patch):
-        """encoded (B, L+1, D): E of each day and of the site, or None; patch (B, K, H, W)."""
-        x = 0
-        if encoded is not None:
-            day, site = self.norms[0](encoded[:, :-1]), self.norms[1](encoded[:, -1:])
-            x = self.expand(self.gain[0] * day + self.gain[1] * site)           # (B, L, width)
-            x = x.expand(-1, forcing.shape[1], -1)          # AlphaEarth's L is 1
-        if self.reads:
-            static = static[:, None].expand(-1, forcing.shape[1], -1)           # (B, L, S)
-            r = torch.cat([forcing.nan_to_num(), forcing.isnan(),
-                           static.nan_to_num(), static.isnan()], -1)            # (B, L, 2 C + 2 S)
-            x = x + self.mix(self.conv(r[..., self.reads].mT).mT)               # (B, L, width)
-        if self.adapter is not None:
-            x = x + self.adapter(x)
-        if self.head == "cnn":
-            x = x + self.cnn(patch).mean((2, 3))[:, None]                       # (B, 1, width)
-        if self.head != "linear":
-            x = self.dropout(x)
-            x = self.dropout(self.lstm(x)[0] if self.head == "lstm" else self.mlp(x))
-        return self.output(x)[..., 0]                                           # (B, L)
+    def forward(self, e, forcing, static, extra):
+        """e (B, L+1, D): E of each day and of the site, or None; inputs standardised, with NaN."""
+        B, L, _ = forcing.shape
+        x = forcing.new_zeros(B, L, self.settings["width"])
+        if e is not None:
+            day, site = self.day_norm(e[:, :-1]), self.site_norm(e[:, -1:])
+            x = x + self.expand(self.gain[0] * day + self.gain[1] * site)       # (B, L, width)
+        if self.inputs:
+            values = {"forcing": forcing, "static": static[:, None].expand(-1, L, -1)}
+            channels = []
+            for name in self.inputs:
+                channels.append(values[name].nan_to_num())
+                if self.flags:
+                    channels.append(values[name].isnan())
+            r = torch.cat(channels, -1)                                         # (B, L, channels)
+            x = x + self.mix(self.conv(r.mT).mT)                                # (B, L, width)
+        return self.head(x, extra)                                              # (B, L)
+
+    def predict(self, sites):
+        """The target at other sites, in its unit, for every day: (N, T), or for each: (N, 1)."""
+        days = len(sites.dates) if self.task.scoring == "series" else 1
+        return Samples(self, sites, np.arange(len(sites.ids)), slice(0, days)).predict()
 
 
-class Experts(nn.Module):
-    """Mixture of n linear experts, softly gated: (B, L, d) -> (B, L, d)."""
+class Samples:
+    """Some days of some sites cut into windows, as a Predictor reads them."""
 
-    def __init__(self, d, n):
-        super().__init__()
-        self.gate, self.experts = nn.Linear(d, n), nn.Linear(d, n * d)
+    def __init__(self, model, sites, chosen, days):
+        self.model, self.sites, self.chosen, self.days = model, sites, chosen, days
+        s, embedding = model.settings, model.variant.embedding
+        self.device, self.length = next(model.parameters()).device, s["length"]
+        starts = cover_with_windows(days, s["length"], s["warmup"])
+        self.site, self.start = np.repeat(chosen, len(starts)), np.tile(starts, len(chosen))   # (n,)
+        self.head_windows = Windows(
+            sites, s["scaling"], s["length"], s["forcing_names"], s["static_names"])
+        self.encoded = None
+        if model.encoder:
+            c = model.encoder.config
+            self.encoder_windows = Windows(
+                sites, s["encoder_scaling"], c.max_days, c.dynamic_names, c.static_names)
+        if embedding == "frozen":
+            self.encoded = self.encode_once()
+        elif embedding in sites.extra:                      # vectors in place of the encoder's E
+            vectors = torch.from_numpy(sites.extra[embedding]).nan_to_num()     # (N, D)
+            self.encoded = vectors[self.site][:, None].expand(-1, self.length + 1, -1)
 
-    def forward(self, x):
-        weight = self.gate(x).softmax(-1)[..., None]                            # (B, L, n, 1)
-        return (self.experts(x).unflatten(-1, (-1, x.shape[-1])) * weight).sum(-2)
+    @torch.no_grad()
+    def encode_once(self):
+        """E of all windows, (n, L+1, D), in half precision in a temporary file (see TMPDIR)."""
+        self.model.eval()
+        shape = len(self.site), self.length + 1, self.model.encoder.config.d_model
+        store = np.memmap(tempfile.TemporaryFile(), np.float16, "w+", shape=shape)
+        for i in self.batches(64):
+            store[i] = self.encode(i).cpu()
+        return torch.from_numpy(store)
+
+    def batches(self, size):
+        return np.array_split(np.arange(len(self.site)), len(self.site) // size + 1)
+
+    def encode(self, i):
+        """E of the windows i, each day's and the site's: (B, L+1, D)."""
+        windows = self.encoder_windows.get(self.site[i], self.start[i], self.device)
+        e = self.model.encoder.encode(*windows)
+        return e if self.length > 1 else torch.stack([e[:, :-1].mean(1), e[:, -1]], 1)
+
+    def outputs(self, i):
+        """What the network makes of the windows i: (B, L), standardised."""
+        e = None
+        if self.encoded is not None:
+            e = self.encoded[i].to(self.device, torch.float32)
+        elif self.model.encoder:
+            e = self.encode(i)                              # it is trained, too
+        forcing, static, *_ = self.head_windows.get(self.site[i], self.start[i], self.device)
+        extra = [torch.from_numpy(self.sites.extra[name][self.site[i]]).to(self.device)
+                 for name in self.model.task.extra]
+        return self.model(e, forcing, static, extra)
+
+    @torch.no_grad()
+    def predict(self):
+        """(chosen, days) in the target's unit; of windows that overlap, the warmer one counts."""
+        s = self.model.eval().settings
+        last = max(self.days.stop, self.length)
+        result = np.full((len(self.sites.ids), last), np.nan, np.float32)       # (N, T)
+        for i in self.batches(128):
+            outputs = self.outputs(i).cpu().numpy() * s["spread"] + s["centre"]
+            for site, start, y in zip(self.site[i], self.start[i], outputs):
+                cold = s["warmup"] if start else 0
+                days = result[site, start + cold:start + self.length]
+                np.copyto(days, y[cold:], where=np.isnan(days))     # the earlier window is warmer
+        return self.model.task.inverse(result, self.sites)[self.chosen, self.days]
 
 
-def widen(pretrained):
-    """The pretrained network with one more daily variable, "target", whose weights are new."""
-    c = pretrained.config
-    model = StefaLand(replace(c, dynamic_names=(*c.dynamic_names, "target"),
-                              dynamic_groups=(*c.dynamic_groups, "target")))
-    for new, old in zip(model.state_dict().values(), pretrained.state_dict().values()):
-        new[tuple(map(slice, old.shape))] = old             # the new variable comes last
-    return model
+def load(path):
+    """The model that a run has saved: .predict(sites). Import the application of its task first."""
+    saved = load_file(path, VERSION, ("settings", "weights"))                   # runs no code
+    task, variant = saved["settings"]["task"], saved["settings"]["variant"]
+    data.check(task in TASKS and variant in VARIANTS,
+               f"{path}: first import the application that defines {task} and {variant}")
+    model = Predictor(saved["settings"])
+    model.load_state_dict(saved["weights"])
+    return model.eval()
+
+
+VERSION = 1                                                 # of the saved models' format
 
 
 def load_encoder(o, fold, sites, test):
-    """The frozen network of --checkpoint, windows of `sites` for it, number of test sites seen.
+    """The network of --checkpoint, its scaling, and the number of test sites that it has seen.
 
     ValueError if it has seen test sites, unless --allow-overlap: they would leak into the score.
     """
     path = (o.checkpoint or f"{o.out}/pretrained.pt").replace("{fold}", str(fold))
     model, saved = load_checkpoint(path)
-    overlap = len({*map(data.gauge, sites.ids[test])} & {*map(data.gauge, saved["ids"])})
+    seen = {data.gauge(site) for site in saved["ids"]}
+    overlap = sum(data.gauge(site) in seen for site in sites.ids[test])
     data.check(o.allow_overlap or not overlap,
                f"{path} has seen {overlap} of the {len(test)} test sites; pretrain "
                f"with --holdout {o.holdout} --folds {o.folds} --fold {fold}")
     if saved["step"] < saved["options"]["steps"]:
         print(f"{path}: pretrained for {saved['step']} of {saved['options']['steps']} steps only")
-    lack = max(model.config.max_days - len(sites.dates), 0)     # sites without weather: all missing
-    arranged = {"dates": sites.dates[0] + np.arange(len(sites.dates) + lack)}
-    for field, kind, pad in (("forcing", "dynamic_names", [(0, 0), (0, lack), (0, 1)]),
-                             ("static", "static_names", [(0, 0), (0, 1)])):
-        own, known = getattr(sites, kind), getattr(model, kind)
-        absent, extra = [n for n in known if n not in own], [n for n in own if n not in known]
-        if absent or extra:
-            print(f"{field}: fed to the encoder as missing {absent}, unknown to it {extra}")
-        values = np.pad(getattr(sites, field), pad, constant_values=np.nan)
-        columns = [own.index(n) if n in own else -1 for n in known]     # the last one is missing
-        arranged |= {field: values[..., columns], kind: known}
-    windows = Windows(replace(sites, **arranged), saved["scaling"], model.config.max_days)
-    return model.to(setup(o.device)[2]).eval().requires_grad_(False), windows, overlap
-
-
-@torch.no_grad()
-def encode_windows(model, windows, site, start, daily, o):
-    """The frozen encoder's tokens() for fixed windows, once: (n, L+1, D) half, on disk if large."""
-    shape = (len(site), windows.days + 1 if daily else 2, model.config.d_model)
-    fits = np.prod(shape) * 2 <= o.cache_gb * 1e9
-    store = np.empty(shape, np.float16) if fits else np.memmap(
-        tempfile.TemporaryFile(dir=o.out), np.float16, "w+", shape=shape)
-    for i in np.array_split(np.arange(len(site)), len(site) // 64 + 1):
-        store[i] = tokens(model, windows, site[i], start[i], daily).cpu()
-    return torch.from_numpy(store)
-
-
-def tokens(model, windows, site, start, daily):
-    """E of each day and of the site, (B, L+1, D); not daily: of the mean day and of the site."""
-    encoded = model.encode(*windows.get(site, start, model.position.device))
-    return encoded if daily else torch.stack([encoded[:, :-1].mean(1), encoded[:, -1]], 1)
+    own = {*sites.dynamic_names, *sites.static_names}
+    known = {*model.config.dynamic_names, *model.config.static_names}
+    if own != known:
+        print(f"{path}: fed as missing {sorted(known - own)}, unknown to it {sorted(own - known)}")
+    return model, saved["scaling"], overlap
 
 
 def choose_sites(o, sites, fold_of, fold, rng):
     """Indices of training, validation and test sites, all with targets; test is the fold."""
-    wanted = ~np.isnan(sites.target.reshape(len(sites.ids), -1)).all(1)
+    known = ~np.isnan(sites.target.reshape(len(sites.ids), -1)).all(1)
     if o.basins:
-        wanted &= np.isin([*map(data.gauge, sites.ids)], Path(o.basins).read_text().split())
-    test = np.flatnonzero(wanted & (fold_of == fold))
-    pool = rng.permutation(np.flatnonzero(wanted & (fold_of != fold)))[:o.labelled or None]
-    validation, training = map(np.sort, np.split(pool, [max(len(pool) // 7, 1)]))
+        gauges = [data.gauge(site) for site in sites.ids]
+        known &= np.isin(gauges, Path(o.basins).read_text().split())
+    test = np.flatnonzero(known & (fold_of == fold))
+    pool = rng.permutation(np.flatnonzero(known & (fold_of != fold)))[:o.labelled or None]
+    n_validation = max(len(pool) // 7, 1)
+    training, validation = np.sort(pool[n_validation:]), np.sort(pool[:n_validation])
     data.check(len(test) and len(training),
                f"fold {fold}: {len(test)} test and {len(training)} training sites")
     return training, validation, test
 
 
-def predict_attribute(sites, target):
-    """`sites` with an attribute as target, hidden as an input with all of clay, silt and sand."""
-    names = sites.static_names
-    data.check(target in names, f"--target {target}: the sites have only {names}")
-    hidden = np.isin(names, (target, "clay", "silt", "sand"))
-    return replace(sites, target=sites.static[:, names.index(target)],
-                   static=np.where(hidden, np.float32(np.nan), sites.static))
-
-
-def hide_groups(sites, at, share, rng):
-    """`sites` with a share of the attribute groups hidden at the sites `at`."""
-    groups = np.array([data.GROUP.get(n, n) for n in sites.static_names])
-    static = sites.static.copy()
-    for group in sorted({*groups} - {"context"}):
-        static[np.ix_(at[rng.random(len(at)) < share], groups == group)] = np.nan
-    return replace(sites, static=static)
-
-
-def goal(sites, task, training, past):
-    """What is learned, (N, T); errors(guess, truth, site), weighted; undo(outputs) -> target.
-
-    Errors of a series are weighted as in the NSE, those of a class by how rare it is.
-    """
-    _, forth, back, loss, _ = TASKS[task]
-    learned, centre, spread = forth(sites.target.reshape(len(sites.ids), -1)), 0.0, 1.0
-    known, weight = learned[training, past], torch.ones(len(learned), 1)
-    if loss is F.mse_loss:
-        centre, spread = np.nanmean(known), np.nanstd(known)
-    if sites.target.ndim == 2:
-        deviation = np.nanstd(known, 1, keepdims=True) / spread
-        weight[training] = torch.from_numpy(1 / (deviation + 0.1) ** 2).float()
-    if loss is F.cross_entropy:
-        label = torch.from_numpy(known[~np.isnan(known)])
-        data.check(bool(((label >= 0) & (label % 1 == 0)).all()),
-                   f"{task}: classes must be 0, 1, 2 and so on")
-        count = label.long().bincount(minlength=int(np.nanmax(learned)) + 1)
-        rarity = label.numel() / count.clamp(min=1) / len(count)
-
-    def errors(guess, truth, site):                         # (B, L), (B, L), (B,) -> (B, L)
-        if loss is F.cross_entropy:
-            return loss(guess, truth.long(), rarity.to(guess.device), reduction="none")
-        return loss(guess, truth, reduction="none") * weight[site].to(guess.device)
-
-    return (torch.from_numpy((learned - centre) / spread).float(), errors,
-            lambda outputs: back(outputs * spread + centre))
-
-
-def prepare(o, variant, sites, windows, sets, encoder, inputs):
-    """A model, and predict(key, i, patch): its output (B, L) for the windows i of the set `key`.
-
-    windows, inputs: the sites as the head and as the encoder read them. Classes: (B, kinds, L).
-    """
-    device, daily = setup(o.device)[2], sites.target.ndim == 2
-    use = VARIANTS.get(variant, [""])[0]
-    vectors = torch.tensor(sites.vectors, device=device).nan_to_num()           # (N, 64)
-    if variant in IMAGE_NETS:
-        kinds = int(np.nanmax(sites.target)) + 1 if o.task == "landcover" else 1
-        model = IMAGE_NETS[variant](sites.patches.shape[1], kinds)
-    elif use == "direct":
-        model = widen(encoder)
-    else:
-        model = Predictor(variant, sites, encoder, o)
-    model.to(device)
-    if use == "frozen":
-        coded = {key: encode_windows(encoder, inputs, *x, daily, o) for key, x in sets.items()}
-
-    def predict(key, i, patch):
-        patch, (site, start) = patch.to(device), (x[i] for x in sets[key])
-        if variant in IMAGE_NETS:                           # mean of four turns, but in training
-            turns = range(1 if model.training else 4)
-            out = [model(patch.rot90(k, (2, 3))).rot90(-k, (2, 3)) for k in turns]
-            return torch.stack(out).mean(0).flatten(2).squeeze(1)               # (B, H W)
-        if use == "direct":                                 # the target: always hidden
-            forcing, *rest = inputs.get(site, start, device)
-            forcing = F.pad(forcing, (0, 1), value=torch.nan)                   # (B, L, C+1)
-            return model.decode(model.encode(forcing, *rest))[0][..., -1]
-        encoded = {"frozen": lambda: coded[key][i].to(device, torch.float32), "": lambda: None,
-                   "random": lambda: tokens(model.encoder, inputs, site, start, daily),
-                   "vectors": lambda: vectors[site][:, None].expand(-1, 2, -1)}[use]()
-        forcing, static, *_ = windows.get(site, start, device)
-        return model(encoded, forcing, static, patch)
-
-    return model, predict
-
-
-def crop(truth, patch, buffer, rng, size=32):
-    """A random part of a batch of maps (B, H W) and patches (B, K, H, W), turned and flipped.
-
-    Pixels nearer than `buffer` to the edge of their block are not learned from.
-    """
-    truth = truth.view(-1, 1, *patch.shape[2:])                                 # (B, 1, H, W)
-    near = F.max_pool2d(truth.isnan().float(), 2 * buffer + 1, 1, buffer) > 0
-    both = torch.cat([truth.masked_fill(near, torch.nan), patch], 1)
-    i, j = rng.integers(patch.shape[-1] - size + 1, size=2)
-    both = both[..., i:i + size, j:j + size].rot90(rng.integers(4), (2, 3))
-    both = both.flip(2) if rng.random() < 0.5 else both                         # (B, 1+K, 32, 32)
-    return both[:, 0].flatten(1), both[:, 1:]
-
-
 def run(o, variant, sites, fold_of, fold, seed):
-    """Train one model on one fold. Returns what the run's file holds."""
-    device, began, rng = setup(o.device)[2], time.time(), np.random.default_rng([seed, fold])
+    """Train one variant on one fold: the model, and what the run's file holds."""
+    began, rng, task = time.time(), np.random.default_rng([seed, fold]), TASKS[o.task]
     torch.manual_seed(seed)
     training, validation, test = choose_sites(o, sites, fold_of, fold, rng)
-    sites, daily = hide_groups(sites, test, o.missing, rng), sites.target.ndim == 2
-    observed = sites.target.reshape(len(sites.ids), -1)     # (N, T); T = 1, or the pixels of a map
-
-    encoder, inputs, overlap = None, None, 0
-    if VARIANTS.get(variant, [""])[0] in ("frozen", "random", "direct"):
-        encoder, inputs, overlap = load_encoder(o, fold, sites, test)
-    span, warmup = observed.shape[1], 0
-    past = future = slice(0, span)
+    static = np.array(sites.static)
+    static[test] = data.hide_groups(static[test], sites.static_names, o.missing, rng)
+    sites = replace(sites, static=static)
+    target, daily = sites.target.reshape(len(sites.ids), -1), task.scoring == "series"  # (N, T)
+    train_days = test_days = slice(0, 1)
     if daily:
-        past = day_slice(o.train_period, sites.dates, (0, 0.6))
-        future = day_slice(o.test_period, sites.dates, (0.6, 1))
-        span, warmup = inputs.days if inputs else min(365, span), o.warmup
-    data.check(span > warmup, f"windows of {span} days, of which --warmup {warmup} are not scored")
+        train_days = day_slice(o.train_period, sites.dates, (0, 0.6))
+        test_days = day_slice(o.test_period, sites.dates, (0.6, 1))
 
-    target, errors, undo = goal(sites, o.task, training, past)
-    scaling = {"forcing": fit_scaling(sites.forcing[training, past]),
-               "static": fit_scaling(sites.static[fold_of != fold])}
-    windows = Windows(sites, scaling, span if daily else 1)
-    maps = np.moveaxis(sites.patches, 1, -1)                                    # (N, H, W, K)
-    maps = scale(maps, fit_scaling(maps[training]))
-    patches = torch.tensor(np.moveaxis(maps, -1, 1))                            # (N, K, H, W)
-    parts = {"training": (training, past), "validation": (validation, past), "test": (test, future)}
-    sets = {key: tile(*part, span, warmup) for key, part in parts.items()}
-    model, predict = prepare(o, variant, sites, windows, sets, encoder, inputs)
+    encoder, scaling, overlap, length = None, None, 0, min(365, len(sites.dates))
+    if VARIANTS[variant].embedding in ENCODER:
+        encoder, scaling, overlap = load_encoder(o, fold, sites, test)
+        length = encoder.config.max_days
+    settings = dict(
+        task=o.task, variant=variant, width=o.width, dropout=o.dropout,
+        length=length if daily else 1, warmup=o.warmup if daily else 0,
+        config=asdict(encoder.config) if encoder else None, encoder_scaling=scaling,
+        forcing_names=sites.dynamic_names, static_names=sites.static_names,
+        scaling={"forcing": fit_standardisation(sites.forcing[training, train_days]),
+                 "static": fit_standardisation(sites.static[fold_of != fold])},
+        centre=0.0, spread=1.0,
+        shapes={name: values.shape[1] for name, values in sites.extra.items() if values.ndim > 1})
+    data.check(settings["length"] > settings["warmup"],
+               f"windows of {settings['length']} days, of which --warmup {o.warmup} do not count")
+    learned = task.transform(target, sites)                                     # (N, T)
+    if task.standardised:
+        known = learned[training, train_days]
+        settings |= dict(centre=float(np.nanmean(known)), spread=float(np.nanstd(known)))
+    model = Predictor(settings, None if VARIANTS[variant].embedding == "random" else encoder)
+    model.to(setup(o.device)[2])
 
-    @torch.no_grad()
-    def simulate(key):
-        """Observed and simulated values, (sites, days) each; of maps, (pixels, 1)."""
-        result = np.full(observed.shape, np.nan, np.float32)
-        site, start = sets[key]
-        late_first = np.argsort(-start, kind="stable")      # warmed-up days overwrite the others
-        model.eval()
-        for i in np.array_split(late_first, len(site) // 128 + 1):
-            out = predict(key, i, patches[site[i]]).cpu().numpy()
-            for j, y in zip(i, undo(out)):
-                skip = warmup if start[j] else 0
-                result[site[j], start[j] + skip:start[j] + span] = y[skip:]
-        model.train()
-        obs, sim = observed[parts[key]], result[parts[key]]
-        known = ~np.isnan(obs)
-        return (obs, sim) if daily else (obs[known, None], sim[known, None])
-
-    def loss():
-        i = rng.choice(len(sets["training"][0]), o.batch_size)
-        site, start = (x[i] for x in sets["training"])
-        truth, patch = target.unfold(1, span, 1)[site, start], patches[site]    # (B, L)
-        if variant in IMAGE_NETS:
-            truth, patch = crop(truth, patch, o.buffer, rng)
-        scored = ~truth[:, warmup:].isnan()
-        guess, truth = predict("training", i, patch), truth.nan_to_num().to(device)     # (B, L)
-        return errors(guess, truth, site)[:, warmup:][scored].mean()
-
-    best, seconds = fit(model, o, loss, lambda: skill(*simulate("validation")))
-    obs, sim = simulate("test")
-    owner = test if daily else test[np.nonzero(~np.isnan(observed[test]))[0]]   # site of each row
-    scores = {"test": skill(obs, sim)}
-    if variant in IMAGE_NETS:
-        scores["training"] = skill(*simulate("training"))
-    epoch = seconds / o.steps * len(sets["training"][0]) / o.batch_size
+    score = SCORINGS[task.scoring]
+    validated = Samples(model, sites, validation, train_days)
+    best = fit(model, o, Samples(model, sites, training, train_days), learned, rng,
+               lambda: score(target[validation, train_days], validated.predict()))
+    simulated = Samples(model, sites, test, test_days).predict()
+    scores = score(target[test, test_days], simulated)
     print(f"fold {fold} seed {seed} {variant:<10} {len(training)} + {len(validation)} sites, "
-          f"validation {best:.3f}; "
-          + "; ".join(f"{key} " + ", ".join(f"{k} {v:.3f}" for k, v in [*s.items()][:3])
-                      for key, s in scores.items())
-          + f"; {epoch:.1f} s an epoch, {time.time() - began:.0f} s in all", flush=True)
-    return dict(ids=sites.ids[owner], latlon=sites.latlon[owner], dates=sites.dates[future],
-                obs=obs, sim=sim, overlap=overlap, validation=best)
+          f"validation {best:.3f}; test "
+          + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+          + f"; {time.time() - began:.0f} s", flush=True)
+    return model, dict(ids=sites.ids[test], latlon=sites.latlon[test], dates=sites.dates[test_days],
+                       obs=target[test, test_days], sim=simulated, overlap=overlap,
+                       validation=best)
 
 
-def fit(model, o, loss, scores):
-    """Train on loss(); keep the weights with the best first one of scores(), looked at ten times.
-
-    Returns this score and the seconds of training.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=1e-2)
-    best, kept, seconds = -np.inf, None, 0.0
+def fit(model, o, samples, learned, rng, score):
+    """Train; keep the weights with the best first value of score(), looked at ten times."""
+    s, task, days = model.settings, model.task, samples.days
+    truth = torch.from_numpy((learned - s["centre"]) / s["spread"]).float()     # (N, T)
+    weight = torch.ones(len(truth), 1)
+    if task.scoring == "series":                            # errors weighted as in the NSE
+        chosen = samples.chosen
+        deviation = np.nanstd(learned[chosen, days], 1, keepdims=True) / s["spread"]
+        weight[chosen] = torch.from_numpy(1 / (deviation + 0.1) ** 2).float()   # (N, 1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, o.lr, weight_decay=1e-2)
+    best, kept = math.nan, None
     for step in range(o.steps):
-        tick = time.time()
-        rate = o.lr * learning_rate(step / o.steps)
-        descend(optimizer, loss(), rate, clip=1.0, where=f"step {step} of {o.task}")
-        seconds += time.time() - tick
+        model.train()
+        i = rng.choice(len(samples.site), o.batch_size)
+        site, day = samples.site[i], samples.start[i][:, None] + np.arange(samples.length)
+        y = truth[site[:, None], day].to(samples.device)                        # (B, L)
+        scored = ~y.isnan()
+        scored[:, :s["warmup"]] = False
+        error = task.loss(samples.outputs(i), y.nan_to_num(), reduction="none")     # (B, L)
+        loss = (error * weight[site].to(samples.device))[scored].mean()
+        descend(optimizer, loss, o.lr * learning_rate(step / o.steps), clip=1.0,
+                where=f"step {step} of {o.task}")
         if (step + 1) % max(o.steps // 10, 1) == 0:         # early stopping on validation sites
-            score = next(iter(scores().values()))
-            if kept is None or score > best:
-                best, kept = score, {k: x.clone() for k, x in model.state_dict().items()}
+            value = next(iter(score().values()))
+            if kept is None or math.isnan(best) or value > best:
+                best, kept = value, {k: x.clone() for k, x in model.state_dict().items()}
     model.load_state_dict(kept)
-    return best, seconds
+    return best
 
 
-def main(argv=None):
-    o = parse(Options, __doc__, argv)
+def main(argv=None, options_class=Options, description=__doc__, defaults=None):
+    o = parse(options_class, description, argv, defaults)
     data.check(o.task in TASKS, f"--task '{o.task}': expected one of {', '.join(TASKS)}")
-    o.model = o.model or TASKS[o.task][-1]
+    task = TASKS[o.task]
+    variants = (o.model or task.models).split(",")
+    for name in variants:
+        data.check(name in VARIANTS, f"--model '{name}': expected one of {', '.join(VARIANTS)}")
     Path(o.out, "runs").mkdir(parents=True, exist_ok=True)  # or fail now, not after training
-    known = IMAGE_NETS if TASKS[o.task][0] == "map" else VARIANTS
-    for name, known in [(o.adapter, ADAPTERS), *((name, known) for name in o.model.split(","))]:
-        data.check(name in known, f"'{name}': expected one of {', '.join(known)}")
     if o.quick:
         o.steps, o.batch_size = min(o.steps, 10), 8
-    target = "streamflow" if o.task == "soil" else o.task
-    sites = data.load(o.data, target, cache=Path(o.out) / "cache", static_only=o.static_only,
-                      quick=o.quick)
-    changed = {key: value for key, value in vars(o).items() if value != getattr(Options, key)}
-    if o.task == "soil":
-        sites, changed["target"] = predict_attribute(sites, o.target), o.target
-    if o.vectors:
-        sites = data.join_vectors(sites, o.vectors)
-    setting = f"{o.task} {o.data.partition(':')[0]} {o.holdout}{o.folds}" + "".join(
-        f", {key} {changed[key]}" for key in ("target", "recut", "missing", "labelled")
-        if key in changed)
-    folds = range(o.folds) if o.fold == "all" else [*map(int, o.fold.split(","))]
-    for seed, fold, variant in product(range(o.seed, o.seed + o.seeds), folds, o.model.split(",")):
-        name = " ".join([variant, *(changed[key] for key in ("adapter", "residual")
-                                    if key in changed and variant != "lstm")])
-        path = Path(o.out, "runs", f"{setting}, {name}, fold {fold}, seed {seed}.npz")
-        settings = json.dumps(vars(o) | dict(setting=setting, name=name, model=variant,
-                                             fold=fold, seed=seed, seeds=1))
-        if path.exists() and str(np.load(path)["settings"]) == settings:
+    sites = data.load(o.data, task.target, cache=Path(o.out, "cache"), quick=o.quick)
+    if task.prepare:
+        sites = task.prepare(sites, o)
+    kinds = "+".join(source.partition(":")[0] for source in o.data.split(","))
+    setting = f"{o.task} {kinds} {o.holdout}{o.folds}"
+    for name in ("reshuffle_folds", "labelled", "missing"):
+        setting += f", {name} {getattr(o, name)}" if getattr(o, name) else ""
+    folds = range(o.folds) if o.fold == "all" else [int(text) for text in o.fold.split(",")]
+    for seed, fold, variant in product(range(o.seed, o.seed + o.seeds), folds, variants):
+        path = Path(o.out, "runs", f"{setting}, {variant}, fold {fold}, seed {seed}.npz")
+        about = json.dumps(vars(o) | dict(
+            setting=setting, model=variant, fold=fold, seed=seed, seeds=1,
+            baseline=task.baseline, scoring=task.scoring))
+        if path.exists() and str(np.load(path)["about"]) == about:
             print(f"{path}: done before")
             continue
-        fold_of = data.folds(sites, o.holdout, o.folds, seed if o.recut else 0)
-        arrays = run(o, variant, sites, fold_of, fold, seed)
-        data.write_atomically(
-            path, lambda file: np.savez_compressed(file, settings=settings, **arrays))
+        fold_of = data.folds(sites, o.holdout, o.folds, seed if o.reshuffle_folds else 0)
+        model, arrays = run(o, variant, sites, fold_of, fold, seed)
+        saved = dict(version=VERSION, settings=model.settings, weights=model.state_dict())
+        data.write_atomically(path.with_suffix(".pt"), lambda file: torch.save(saved, file))
+        data.write_atomically(path, lambda file: np.savez_compressed(file, about=about, **arrays))
 
 
 if __name__ == "__main__":

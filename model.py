@@ -11,11 +11,10 @@ Axes: B sites in a batch, T days, C dynamic variables, S static attributes, D wi
 """
 
 import math
-import re
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -35,17 +34,13 @@ class Config:
     d_hidden: int = 64             # hidden width of each variable's own two-layer map
     dropout: float = 0.1           # on residual branches and decoder, not on attention
     max_days: int = 365            # longest window (one more position: the static token)
-    degree: int = 6                # highest degree of the spherical harmonics; -1: no location
-    season: bool = True            # add (sin, cos) of the day of year to every day's token
+    degree: int = 6                # highest degree of the spherical harmonics
     windows: int = 3               # hidden windows per sample, each with its own draw of groups
     window_days: tuple = (30, 90)  # their length is uniform in this range (A.2)
     p_dynamic: float = 0.5         # chance that a window hides a given dynamic group
     p_always: float = 0.1          # chance that a dynamic group is hidden over the whole sample
     p_static: float = 0.3          # chance that a static group is hidden
     p_location: float = 0.6        # chance that the location is hidden
-    # the authors' release where the paper's text differs: tokens times sqrt(D), no season, ReLU,
-    # LayerNorm after the encoder and after the LSTM, which reads forward only
-    release: bool = False
 
 
 PRESETS = {"small": dict(d_model=64, n_heads=4, n_layers=2, d_ff=128),
@@ -53,159 +48,137 @@ PRESETS = {"small": dict(d_model=64, n_heads=4, n_layers=2, d_ff=128),
 NEVER_HIDDEN = "context"
 
 
+class Masks(NamedTuple):
+    """What is hidden of a batch, True = hidden; None = nothing."""
+    dynamic: torch.Tensor = None   # (B, T, C)
+    static: torch.Tensor = None    # (B, S)
+    location: torch.Tensor = None  # (B,)
+
+
 class StefaLand(nn.Module):
     """The masked autoencoder. forward() scores hidden entries; encode() serves downstream heads."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, c, d = config, config, config.d_model
-        self.dynamic_names, self.static_names = tuple(c.dynamic_names), tuple(c.static_names)
-        n_dynamic, n_static = len(self.dynamic_names), len(self.static_names)
+        self.config = c = config
+        d, n_dynamic, n_static = c.d_model, len(c.dynamic_names), len(c.static_names)
         self.dynamic_embedding = VariableEmbedding(n_dynamic, d, c.d_hidden)
         self.static_embedding = VariableEmbedding(n_static, d, c.d_hidden)
-        self.location = LocationEncoding(c.degree, d) if c.degree >= 0 else None
-        self.season = nn.Linear(2, d, bias=False) if c.season and not c.release else None
+        self.location = LocationEncoding(c.degree, d)
+        self.season = nn.Linear(2, d, bias=False)
         self.position = nn.Parameter(0.02 * torch.randn(c.max_days + 1, d))
         self.dropout = Dropout(c.dropout)
         self.encoder = nn.ModuleList([EncoderLayer(c) for _ in range(c.n_layers)])
-        self.encoder_norm = nn.LayerNorm(d) if c.release else nn.Identity()
         self.project = Linear(d, d)
-        self.decoder = nn.LSTM(d, d if c.release else d // 2, batch_first=True,
-                               bidirectional=not c.release)
-        self.decoder_norm = nn.LayerNorm(d) if c.release else nn.Identity()
+        self.decoder = nn.LSTM(d, d // 2, batch_first=True, bidirectional=True)
         self.dynamic_projection = VariableProjection(n_dynamic, d, c.d_hidden)
         self.static_projection = VariableProjection(n_static, d, c.d_hidden)
 
-    def embed(self, forcing, static, latlon=None, day_of_year=None, hidden=None):
+    def embed(self, forcing, static, latlon=None, day_of_year=None, hidden=Masks()):
         """T day tokens and, last, the static token with the location: (B, T+1, D) (A.1, A.3)."""
         self.check(forcing, static)
-        hide_dynamic, hide_static, hide_location = hidden or (None, None, None)
-        days = self.dynamic_embedding(forcing, hide_dynamic)                    # (B, T, D)
-        site = self.static_embedding(static, hide_static)                       # (B, D)
-        if self.season is not None and day_of_year is not None:
+        days = self.dynamic_embedding(forcing, hidden.dynamic)                  # (B, T, D)
+        if day_of_year is not None:
             angle = day_of_year * (2 * math.pi / 365.25)                        # (B, T)
             days = days + self.season(torch.stack([angle.sin(), angle.cos()], -1))
-        if self.location is not None:
-            latlon = static.new_full((len(static), 2), math.nan) if latlon is None else latlon
-            site = site + self.location(latlon, hide_location)
+        if latlon is None:
+            latlon = static.new_full((len(static), 2), math.nan)
+        site = self.static_embedding(static, hidden.static)                     # (B, D)
+        site = site + self.location(latlon, hidden.location)
         tokens = torch.cat([days, site[:, None].to(days.dtype)], 1)             # (B, T+1, D)
         # under autocast all stays in bfloat16, residual path and norms too: half the memory traffic
         return self.dropout(tokens + self.position[:tokens.shape[1]].to(days.dtype))
 
-    def encode(self, forcing, static, latlon=None, day_of_year=None, hidden=None):
+    def encode(self, forcing, static, latlon=None, day_of_year=None, hidden=Masks()):
         """Embedding of each day and, last, of the site: (B, T, C), (B, S) -> (B, T+1, D) (A.4).
 
         Inputs are standardised, NaN = missing; latlon (B, 2) in degrees, day_of_year (B, T) from 1;
         None = not given. ValueError on a wrong number of variables or too long a window.
         """
         x = self.embed(forcing, static, latlon, day_of_year, hidden)
-        if self.config.release:
-            x = x * math.sqrt(x.shape[-1])
         for layer in self.encoder:
             x = layer(x)
-        return self.project(self.dropout(self.encoder_norm(x)))                 # (B, T+1, D)
+        return self.project(self.dropout(x))                                    # (B, T+1, D)
 
     def decode(self, encoded):
         """Reconstruct all variables from the embedding: (B, T+1, D) -> (B, T, C), (B, S) (A.5)."""
         x, _ = self.decoder(encoded)                                            # (B, T+1, D)
-        x = self.dropout(self.decoder_norm(x))
+        x = self.dropout(x)
         return self.dynamic_projection(x)[:, :-1], self.static_projection(x[:, -1:])[:, 0]
 
-    def forward(self, forcing, static, latlon=None, day_of_year=None, hidden=None):
+    def forward(self, forcing, static, latlon, day_of_year, hidden):
         """Squared error summed over entries that are hidden *and observed*, and their number.
 
         Two tensors (2,): dynamic and static. masked_loss() makes the objective of them.
         """
-        hidden = hidden or self.draw_masks(*forcing.shape[:2])
-        outputs = self.decode(self.encode(forcing, static, latlon, day_of_year, hidden))
-        errors, counts = [], []
-        for output, truth, hide in zip(outputs, (forcing, static), hidden):
-            scored = hide & ~truth.isnan()
-            errors.append(((output.float() - truth.nan_to_num()) * scored).square().sum())
-            counts.append(scored.sum())
-        return torch.stack(errors), torch.stack(counts)
+        encoded = self.encode(forcing, static, latlon, day_of_year, hidden)
+        dynamic_guess, static_guess = self.decode(encoded)
+        scored_dynamic = hidden.dynamic & ~forcing.isnan()
+        scored_static = hidden.static & ~static.isnan()
+        errors = torch.stack([squared_error(dynamic_guess, forcing, scored_dynamic),
+                              squared_error(static_guess, static, scored_static)])
+        return errors, torch.stack([scored_dynamic.sum(), scored_static.sum()])
 
     def draw_masks(self, B, T, generator=None):
-        """Hide whole groups (CVGM, A.2): bool (B, T, C) dynamic, (B, S) static, (B,) location."""
+        """Hide whole groups (CVGM, A.2): inside random windows, or over the whole sample."""
         c, device = self.config, self.position.device
-        uniform = partial(torch.rand, generator=generator, device=device)
-
-        def draw(groups, chance, *shape):                   # variables of a group fall together
-            names = [*dict.fromkeys(groups)]
-            chances = [0.0 if name == NEVER_HIDDEN else chance for name in names]
-            drawn = uniform(*shape, len(names)) < torch.tensor(chances, device=device)
-            return drawn[..., [names.index(group) for group in groups]]         # (*shape, V)
-
-        low, high = (min(days, T) for days in c.window_days)
-        length = low + (uniform(B, c.windows) * (high - low + 1)).long()        # (B, windows)
-        start = (uniform(B, c.windows) * (T - length + 1)).long()
-        day = torch.arange(T, device=device)[:, None]
+        uniform = partial(torch.rand, generator=generator, device=device)       # in [0, 1)
+        shortest, longest = min(c.window_days[0], T), min(c.window_days[1], T)
+        length = uniform(B, c.windows) * (longest - shortest + 1)
+        length = shortest + length.long()                                       # (B, windows)
+        start = (uniform(B, c.windows) * (T - length + 1)).long()               # (B, windows)
+        day = torch.arange(T, device=device)[:, None]                           # (T, 1)
         inside = (day >= start[:, None]) & (day < (start + length)[:, None])    # (B, T, windows)
         dynamic, static = c.dynamic_groups or c.dynamic_names, c.static_groups or c.static_names
-        drawn = draw(dynamic, c.p_dynamic, B, c.windows)                        # (B, windows, C)
-        always = draw(dynamic, c.p_always, B, 1)                                # (B, 1, C)
-        hide_dynamic = (inside.float() @ drawn.float() > 0) | always            # (B, T, C)
-        return hide_dynamic, draw(static, c.p_static, B), uniform(B) < c.p_location
-
-    @classmethod
-    def from_release(cls, state, heads):
-        """The authors' MFFormer_dec_LSTM from its state dict; encode() then equals theirs.
-
-        Every key is used, one of them approximately: they index the static mask *values* by row of
-        the batch, we embed their mean. ValueError lists keys left over or missing.
-        """
-        theirs = {}                                         # our name -> {their key: value}
-        for key, value in state.items():
-            name = key
-            for pattern, ours in RELEASE.items():
-                name = re.sub(pattern, ours, name)
-            theirs.setdefault(name, {})[key] = torch.as_tensor(value)
-        values = {name: torch.cat([*parts.values()], dim=int(name.endswith("embedding.w2")))
-                  for name, parts in theirs.items()}
-        names = [tuple(key.split(".")[2] for key in theirs[kind + "_embedding.w1"])
-                 for kind in ("dynamic", "static")]
-        positions, d = values["position"].shape
-        model = cls(Config(
-            *names, d_model=d, d_ff=len(values["encoder.0.ff1.bias"]), n_heads=heads,
-            n_layers=sum(name.endswith("qkv.bias") for name in values), max_days=positions - 1,
-            degree=-1, release=True))
-        own = model.state_dict()                            # the tensors themselves, by name
-        missing = sorted(own.keys() - values.keys())
-        left_over = [key for name in theirs.keys() - own.keys() for key in theirs[name]]
-        if missing or left_over:
-            raise ValueError(f"release state: missing {missing}, not understood {left_over}")
-        mean = values.pop("static_embedding.mask_vector").mean(0)               # (S,)
-        for name, value in values.items():
-            own[name].copy_(value.reshape(own[name].shape))
-        # the tokens of the means: each attribute by itself, the others hidden by zeros
-        embedding, others = model.static_embedding, ~torch.eye(len(mean), dtype=torch.bool)
-        embedding.mask_vector.data.zero_()
-        embedding.mask_vector.data = embedding(mean.expand(others.shape), others).detach()
-        return model
+        drawn = draw_groups(dynamic, c.p_dynamic, uniform, B, c.windows)        # (B, windows, C)
+        in_a_window = (inside[..., None] & drawn[:, None]).any(2)               # (B, T, C)
+        always = draw_groups(dynamic, c.p_always, uniform, B, 1)                # (B, 1, C)
+        static = draw_groups(static, c.p_static, uniform, B)                    # (B, S)
+        return Masks(in_a_window | always, static, uniform(B) < c.p_location)
 
     def check(self, forcing, static):
         """ValueError on inputs the network has no place for."""
-        c, (B, T, C), (sites, S) = self.config, forcing.shape, static.shape
-        for wrong, complaint in (
-                (C != len(self.dynamic_names), f"{C} dynamic variables, not {self.dynamic_names}"),
-                (S != len(self.static_names), f"{S} static variables, not {self.static_names}"),
-                (T > c.max_days, f"a window of {T} days, positions end at {c.max_days}"),
-                (B != sites, f"forcing of {B} sites, static attributes of {sites}"),
-                (forcing.isnan().all() and static.isnan().all(), "every value is missing (NaN)")):
-            if wrong:
-                raise ValueError(complaint)
+        (B, T, C), (sites, S), c = forcing.shape, static.shape, self.config
+        if C != len(c.dynamic_names):
+            raise ValueError(f"{C} dynamic variables, expected {c.dynamic_names}")
+        if S != len(c.static_names):
+            raise ValueError(f"{S} static variables, expected {c.static_names}")
+        if T > c.max_days:
+            raise ValueError(f"a window of {T} days, positions end at {c.max_days}")
+        if B != sites:
+            raise ValueError(f"forcing of {B} sites, static attributes of {sites}")
+        if forcing.isnan().all() and static.isnan().all():
+            raise ValueError("every value is missing (NaN)")
 
 
-RELEASE = {  # part of a parameter's name in the authors' release (regular expression) -> ours
-    r"embeddings(\d)\.[^.]+\.(w|b)\w+": r"\2\1",           # of one variable; ours of all, joined
-    "numerical_": "", "time_series": "dynamic", "masked_values": "mask_vector",
-    "positional_encoding.position_embedding": "position", "enc_2_dec_embedding": "project",
-    "transformer_encoder.layers.": "", "self_attn.in_proj_": "qkv.", "self_attn.out_proj": "out",
-    "linear": "ff"}
+def draw_groups(groups, chance, uniform, *shape):
+    """Each group falls with this chance, all its variables together: bool (*shape, V)."""
+    names = list(dict.fromkeys(groups))
+    fallen = uniform(*shape, len(names)) < chance                               # (*shape, groups)
+    if NEVER_HIDDEN in names:
+        fallen[..., names.index(NEVER_HIDDEN)] = False
+    return fallen[..., [names.index(group) for group in groups]]                # (*shape, V)
+
+
+def squared_error(guess, truth, scored):
+    """Sum over the entries that are scored; in float32 also under autocast."""
+    return ((guess.float() - truth.nan_to_num()) * scored).square().sum()
+
+
+def masked_loss(errors, counts):
+    """The objective from forward()'s sums: dynamic mean squared error + 0.5 x static (A.5)."""
+    if not counts.any():
+        raise ValueError("no entry of the batch is both hidden and observed: nothing to learn from")
+    dynamic, static = errors / counts.clamp(min=1)
+    return dynamic + 0.5 * static
 
 
 class VariableEmbedding(nn.Module):
-    """One two-layer map per variable, summed (A.1): (..., V) values -> (..., D) token."""
+    """One two-layer map per variable, summed (A.1): (..., V) values -> (..., D) token.
+
+    token = sum over variables v of   w2_v gelu(x_v w1_v + b1_v) + b2_v   where v is seen,
+                                      mask_vector_v                       where it is hidden.
+    """
 
     def __init__(self, n_variables, d_model, d_hidden):
         super().__init__()
@@ -218,11 +191,12 @@ class VariableEmbedding(nn.Module):
 
     def forward(self, x, hide=None):
         """Entries that are NaN or in `hide` become the variable's learned mask vector."""
-        seen = ~x.isnan() if hide is None else ~(x.isnan() | hide)              # (..., V)
-        seen = seen.to(x.dtype)
+        absent = x.isnan() if hide is None else x.isnan() | hide                # (..., V)
+        seen = (~absent).to(x.dtype)
         h = F.gelu(x.nan_to_num()[..., None] * self.w1 + self.b1)               # (..., V, hidden)
         h = (h * seen[..., None]).flatten(-2)                                   # (..., V hidden)
-        # side by side, zeroed where hidden, one product: the sum of V separate second layers
+        # One product instead of V: the hidden units stand side by side, those of hidden variables
+        # are zero. All mask vectors are added, and for what is seen exchanged for b2.
         return linear(h, self.w2, self.mask_vector.sum(0)) + seen @ (self.b2 - self.mask_vector)
 
 
@@ -246,14 +220,16 @@ class LocationEncoding(nn.Module):
 
     def __init__(self, degree, d_model):
         super().__init__()
-        self.degree, self.nowhere = degree, nn.Parameter(0.02 * torch.randn(d_model))
+        self.degree = degree
+        self.nowhere = nn.Parameter(0.02 * torch.randn(d_model))
         self.mlp = nn.Sequential(nn.Linear((degree + 1) ** 2, d_model), nn.GELU(),
                                  nn.Linear(d_model, d_model))
 
     def forward(self, latlon, hide=None):
         """Coordinates that are NaN or in `hide` become a learned "no location" vector."""
         unknown = latlon.isnan().any(-1)                                        # (B,)
-        unknown = unknown if hide is None else unknown | hide
+        if hide is not None:
+            unknown = unknown | hide
         basis = spherical_harmonics(latlon.nan_to_num(), self.degree) * math.sqrt(4 * math.pi)
         return torch.where(unknown[:, None], self.nowhere, self.mlp(basis.to(latlon.dtype)))
 
@@ -282,10 +258,10 @@ def spherical_harmonics(latlon, degree):
 class EncoderLayer(nn.Module):
     """Post-norm Transformer layer (A.4): self-attention, add, norm; feed-forward, add, norm."""
 
-    def __init__(self, config):
+    def __init__(self, config, activation=F.gelu):
         super().__init__()
-        d, self.heads, self.dropout = config.d_model, config.n_heads, Dropout(config.dropout)
-        self.activation = F.relu if config.release else F.gelu
+        d, self.heads = config.d_model, config.n_heads
+        self.activation, self.dropout = activation, Dropout(config.dropout)
         self.qkv, self.out = Linear(d, 3 * d), Linear(d, d)
         self.ff1, self.ff2 = Linear(d, config.d_ff), Linear(config.d_ff, d)
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
@@ -298,7 +274,7 @@ class EncoderLayer(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                    # (B, T, 3, h, D/h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, h, T, D/h)
         if q.device.type == "cpu" and q.shape[-1] >= 32:    # plain products are faster there
-            mixed = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+            mixed = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v            # (B, h, T, D/h)
         else:
             mixed = F.scaled_dot_product_attention(q, k, v)                     # (B, h, T, D/h)
         return self.out(mixed.transpose(1, 2).flatten(2))                       # (B, T, D)
@@ -329,111 +305,3 @@ class Dropout(nn.Dropout):
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2 ** 63, None)
         keep = (words.view(torch.uint8)[:x.numel()] >= cut).view_as(x)
         return x * keep.to(x.dtype).mul_(256 / (256 - cut))
-
-
-def masked_loss(errors, counts):
-    """The objective from forward()'s sums: dynamic mean squared error + 0.5 x static (A.5)."""
-    if not counts.any():
-        raise ValueError("no entry of the batch is both hidden and observed: nothing to learn from")
-    dynamic, static = errors / counts.clamp(min=1)
-    return dynamic + 0.5 * static
-
-
-class DynamicWorld(nn.Module):
-    """Land cover from Sentinel-2 (Brown et al. 2022, doi 10.1038/s41597-022-01307-4)."""
-
-    def __init__(self, in_channels=9, out_channels=9):
-        super().__init__()
-        self.stem = unit(in_channels, 64, 3)
-        self.side = nn.Sequential(unit(64, 48, 1), unit(48, 48, 3, groups=48))
-        self.blocks = nn.ModuleList([Block(64, 96), Block(96, 144), Block(192, 144)])
-        self.output = nn.Conv2d(144, out_channels, 1)
-
-    def forward(self, x):
-        """(B, 9, H, W) as from data.normalize_s2 -> logits of data.LAND_COVER, as large."""
-        H, W = x.shape[-2:]
-        half = F.interpolate(self.stem(x), (H // 2, W // 2), mode="bilinear", antialias=True)
-        x = torch.cat([self.blocks[1](self.blocks[0](half)), self.side(half)], 1)   # (B, 192, ..)
-        x = F.interpolate(self.blocks[2](x), (H, W), mode="bilinear")           # (B, 144, H, W)
-        return self.output(F.normalize(x, dim=1))
-
-    @classmethod
-    def from_release(cls, path):
-        """Google's released network from its folder with variables/…, else ValueError."""
-        model = cls().eval()
-        layers = [model.stem]                               # in the order of the file
-        for block in model.blocks:
-            side = [*model.side] if block is model.blocks[1] else []
-            (conv, norm, _), (shortcut, shortcut_norm, _) = block.path[5], block.shortcut
-            pair = [conv, shortcut, norm, shortcut_norm]
-            layers += [block.path[:5], *side[:1], *pair, *side[1:]]
-        tensors = nn.Sequential(*layers, model.output).state_dict().values()
-        tensors = [tensor for tensor in tensors if tensor.dim()]    # without batch norm's counters
-        sizes = [tensor.numel() for tensor in tensors]
-        file = f"{path}/variables/variables.data-00000-of-00001"
-        values = torch.from_numpy(np.fromfile(file, "<f4", sum(sizes)))         # more follows
-        if len(values) != sum(sizes):
-            raise ValueError(f"{file}: {len(values)} values, expected {sum(sizes)}")
-        for tensor, part in zip(tensors, values.split(sizes)):
-            if tensor.dim() == 4:                           # kernels are stored kh, kw, in, out
-                tensor = tensor.permute(2, 3, 1, 0)
-            tensor.copy_(part.view(tensor.shape))
-        return model
-
-
-class Block(nn.Module):
-    """Residual block: [1x1 unit, depthwise 3x3 unit] three times, plus a 1x1 unit on the input."""
-
-    def __init__(self, channels, width):
-        super().__init__()
-        self.path = nn.Sequential(
-            unit(channels, width, 1), unit(width, width, 3, groups=width),
-            unit(width, width, 1), unit(width, width, 3, groups=width),
-            unit(width, width, 1), unit(width, width, 3, groups=width))
-        self.shortcut = unit(channels, width, 1)
-
-    def forward(self, x):
-        return self.path(x) + self.shortcut(x)
-
-
-def unit(channels, width, size, groups=1):
-    """Convolution -> batch norm -> Mish, height and width kept; depthwise with groups = width."""
-    conv = nn.Conv2d(channels, width, size, padding=size // 2, groups=groups)
-    return nn.Sequential(conv, nn.BatchNorm2d(width, eps=1e-3), nn.Mish())
-
-
-class UNet(nn.Module):
-    """U-Net, or U-Net++ (nested; arXiv 1807.10165): (B, in, H, W) -> (B, out, H, W).
-
-    Node i, j = conv(cat(nodes i, 0 .. j-1, node i+1, j-1 twice as large)); U-Net has only those
-    with j = 0, on the way down, and with i + j = depth - 1, on the way up.
-    """
-
-    def __init__(self, in_channels, out_channels, nested=False, width=32, depth=4):
-        super().__init__()
-        c, self.depth, self.nodes = [width * 2 ** i for i in range(depth)], depth, nn.ModuleDict()
-        for i, j in [(i, j) for j in range(depth) for i in range(depth - j)
-                     if nested or j == 0 or i + j == depth - 1]:
-            if j == 0:
-                channels = c[i - 1] if i else in_channels
-            else:
-                channels = (j if nested else 1) * c[i] + c[i + 1]
-            self.nodes[f"{i} {j}"] = nn.Sequential(
-                nn.Conv2d(channels, c[i], 3, padding=1), nn.GroupNorm(8, c[i]), nn.GELU(),
-                nn.Conv2d(c[i], c[i], 3, padding=1), nn.GroupNorm(8, c[i]), nn.GELU())
-        self.output = nn.Conv2d(width, out_channels, 1)
-
-    def forward(self, x):
-        """ValueError unless height and width are multiples of 2^(depth - 1)."""
-        stride, done, (H, W) = 2 ** (self.depth - 1), {}, x.shape[-2:]
-        if H % stride or W % stride:
-            raise ValueError(f"an image of {H} x {W}, not multiples of {stride}")
-        for key, node in self.nodes.items():                # j by j, from the finest i down
-            i, j = map(int, key.split())
-            if j:
-                below = F.interpolate(done[i + 1, j - 1], scale_factor=2, mode="bilinear")
-                x = torch.cat([done[i, k] for k in range(j) if (i, k) in done] + [below], 1)
-            elif i:
-                x = F.max_pool2d(done[i - 1, 0], 2)
-            done[i, j] = node(x)
-        return self.output(done[0, self.depth - 1])

@@ -1,10 +1,9 @@
 """Pretrain StefaLand by hiding groups of variables and reconstructing them.
 
     python train.py                                     the synthetic world, minutes on 2 CPU cores
-    python train.py --data caravan:DIR,camels:DIR       real basins
-    python train.py --data caravan:DIR --static-only    their attributes alone, of all gauges
+    python train.py --data caravan:DIR,camels:DIR       real basins; csv:DIR: your own
     torchrun --nproc_per_node=4 train.py --preset paper --data …
-    python train.py --resume                            after Ctrl-C, bit for bit
+    python train.py --resume                            after Ctrl-C or a crash, bit for bit
 
 Writes out/pretrained.pt and prints, at the end, how well hidden groups are reconstructed at sites
 that were never trained on.
@@ -29,60 +28,58 @@ import torch
 import torch.distributed as dist
 
 import data
-from model import NEVER_HIDDEN, PRESETS, Config, StefaLand, masked_loss
+from model import NEVER_HIDDEN, PRESETS, Config, Masks, StefaLand, masked_loss
 
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
+def option(group, default, text):
+    return field(default=default, metadata={"group": group, "help": text})
 
 
 @dataclass
 class Options:
-    data: str = option("synthetic", "synthetic, or sources: caravan:DIR,camels:DIR")
-    out: str = option("out", "folder of the checkpoint and of the cache of parsed archives")
-    preset: str = option("small", "size of the network and of its training: small or paper")
-    config: str = option("", "changes to fields of model.Config, such as dropout=0,p_static=0.5")
-    static_only: bool = option(False, "attributes alone, also of gauges without a series")
-    steps: int = option(0, "optimiser steps; 0: the preset's")
-    batch_size: int = option(0, "windows per step, over all processes; 0: the preset's")
-    lr: float = option(0.0, "peak learning rate (warm-up, then cosine); 0: the preset's")
-    seq_len: int = option(365, "days in a window")
-    holdout: str = option("pub", "the fold left out: pub (random sites), pur (regions) or none")
-    folds: int = option(5, "number of folds of --holdout")
-    fold: int = option(0, "the fold that --holdout leaves out")
-    seed: int = option(0, "of weights, windows and masks (the folds have their own)")
-    device: str = option("", "cuda, cpu …; empty: cuda if there is one")
-    dtype: str = option("auto", "float32, bfloat16 (autocast), or auto: what is faster here")
-    save_every: int = option(200, "steps between checkpoints")
-    resume: bool = option(False, "continue the checkpoint in --out, with its options")
-    quick: bool = option(False, "the same path in under a minute, nothing learned")
+    data: str = option("data", "synthetic", "synthetic, or caravan:DIR, camels:DIR, csv:DIR, joined "
+                                            "by commas")
+    out: str = option("data", "out", "folder of the checkpoint and of the cache of parsed archives")
+    holdout: str = option("hold-out", "pub", "pub (random sites), pur (regions) or none")
+    folds: int = option("hold-out", 5, "number of folds")
+    fold: int = option("hold-out", 0, "the fold left out of training")
+    preset: str = option("model", "small", "size of network and training: small or paper")
+    config: str = option("model", "", "fields of model.Config, such as dropout=0,p_static=0.5")
+    seq_len: int = option("model", 365, "days in a window")
+    steps: int = option("training", 0, "optimiser steps; 0: the preset's")
+    batch_size: int = option("training", 0, "windows a step, over all processes; 0: the preset's")
+    lr: float = option("training", 0.0, "peak learning rate; 0: the preset's")
+    seed: int = option("training", 0, "of weights, windows and masks (folds have their own)")
+    device: str = option("training", "", "cuda, cpu …; empty: cuda if there is one")
+    dtype: str = option("training", "auto", "float32, bfloat16, or auto: what is faster here")
+    save_every: int = option("training", 200, "steps between checkpoints")
+    resume: bool = option("training", False, "continue the checkpoint in --out, with its options")
+    quick: bool = option("training", False, "the same path in under a minute, nothing learned")
 
 
-VERSION = 1                                                 # of the checkpoint's format
 TRAINING = {"small": dict(steps=1200, batch_size=32, lr=2e-3),
             "paper": dict(steps=33000, batch_size=256, lr=1e-4)}    # 25 x 8,634 sites x 39 years
+VERSION = 2                                                 # of the checkpoint's format
 
 
 def train(o, sites):
     """All of pretraining, on every process; the first one prints and writes the checkpoint."""
     rank, world, device = setup(o.device)
-    say = print if rank == 0 else lambda *args, **kwargs: None
-    checkpoint, step = Path(o.out) / "pretrained.pt", 0
+    checkpoint, step = Path(o.out, "pretrained.pt"), 0
     tenth = data.folds(sites, "pub", 10, seed=1) == 0       # for validation
-    kept = o.holdout == "none" or data.folds(sites, o.holdout, o.folds) != o.fold
+    kept = np.full(len(sites.ids), True)
+    if o.holdout != "none":
+        kept = data.folds(sites, o.holdout, o.folds) != o.fold
     training, validation = np.flatnonzero(~tenth & kept), np.flatnonzero(tenth & kept)
 
     torch.manual_seed(o.seed)
-    names = sites.dynamic_names, sites.static_names
-    groups = [tuple(data.GROUP.get(name, name) for name in kind) for kind in names]
-    changes = [pair.split("=") for pair in o.config.split(",") if pair]
-    changes = {"max_days": o.seq_len} | {key: ast.literal_eval(text) for key, text in changes}
-    config = Config(*names, *groups, **PRESETS[o.preset] | changes)
+    config = configure(o, sites)
     model = StefaLand(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
     some = training[::(len(training) - 1) // 2000 + 1]      # statistics of at most 2,000 sites
-    scaling = {key: fit_scaling(getattr(sites, key)[some]) for key in ("forcing", "static")}
-    ids, latlon = sites.ids[training].tolist(), torch.tensor(sites.latlon[training])
+    scaling = {"forcing": fit_standardisation(sites.forcing[some]),
+               "static": fit_standardisation(sites.static[some])}
+    ids = sites.ids[training].tolist()
     if o.resume:
         old, saved = load_checkpoint(checkpoint)
         data.check(old.config == config and saved["ids"] == ids,
@@ -90,26 +87,28 @@ def train(o, sites):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, scaling = saved["step"], saved["scaling"]
-    windows = Windows(sites, scaling, o.seq_len)
+    windows = Windows(sites, scaling, o.seq_len, config.dynamic_names, config.static_names)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if o.dtype == "auto":                                   # kept for --resume
-        wide = config.d_model >= 128 and torch.cpu._is_avx512_bf16_supported()
-        o.dtype = "bfloat16" if device.type == "cuda" or wide else "float32"
-    say(f"{len(training)} sites to train on, {len(validation)} to validate on"
-        + f", fold {o.fold} of {o.folds} ({o.holdout}) left out" * (o.holdout != "none")
-        + f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {o.dtype}, "
-        + f"{world} process(es)" + f", resuming at step {step}" * o.resume)
+        fast = config.d_model >= 128 and torch.cpu._is_avx512_bf16_supported()
+        o.dtype = "bfloat16" if device.type == "cuda" or fast else "float32"
+    if rank == 0:
+        print(f"{len(training)} sites to train on, {len(validation)} to validate on, "
+              f"{np.sum(~kept)} held out ({o.holdout}, fold {o.fold} of {o.folds})\n"
+              f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {o.dtype}, "
+              f"{world} process(es), from step {step}", flush=True)
 
-    asked, stop, first, began, shown = [], False, step, time.time(), 0.0
-    for number in (signal.SIGINT, signal.SIGTERM):          # Ctrl-C ends the loop after a step
-        signal.signal(number, lambda *_: asked.append(1))
+    interrupted = torch.zeros(1, device=device)             # Ctrl-C ends the loop after a step
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: interrupted.fill_(1))
     model.train()
+    first, began, shown, stop = step, time.time(), 0.0, False
     while True:
         done = stop or step >= o.steps
         # the first checkpoint is of step 0, so that any run can be resumed
         if rank == 0 and (done or step % o.save_every == 0) and (step > first or step == 0):
             state = dict(version=VERSION, config=asdict(config), options=asdict(o), step=step,
-                         ids=ids, latlon=latlon, scaling=scaling,
+                         ids=ids, latlon=torch.tensor(sites.latlon[training]), scaling=scaling,
                          model=model.state_dict(), optimizer=optimizer.state_dict())
             torch.save(state, buffer := io.BytesIO())       # to a full disk, it hides the reason
             data.write_atomically(checkpoint, lambda file: file.write(buffer.getbuffer()))
@@ -126,27 +125,39 @@ def train(o, sites):
         hidden = model.draw_masks(o.batch_size, o.seq_len, generator)
         share = slice(rank * o.batch_size // world, (rank + 1) * o.batch_size // world)
         batch = windows.get(site[share], start[share], device)
+        hidden = Masks(hidden.dynamic[share], hidden.static[share], hidden.location[share])
         with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
-            errors, counts = wrapped(*batch, hidden=[h[share] for h in hidden])
-        counts = torch.cat([counts, counts.new_tensor([len(asked)])])
-        if world > 1:                                       # the mean is over the whole batch
-            dist.all_reduce(counts)
-        loss = masked_loss(errors * world, counts[:2])
+            errors, counts = wrapped(*batch, hidden=hidden)
+        interrupts = interrupted.clone()
+        if world > 1:
+            dist.all_reduce(counts)                         # the mean is over the whole batch
+            dist.all_reduce(interrupts)                     # all processes end with the same step
+        loss = masked_loss(errors * world, counts)          # DDP averages over the processes
         descend(optimizer, loss, o.lr * learning_rate(step / o.steps), clip=5.0,
                 where=f"step {step}; {checkpoint} keeps the last good state")
-        step, stop = step + 1, bool(counts[2] > 0)
-        if time.time() - shown > 10 or step == o.steps:
+        step, stop = step + 1, interrupts.item() > 0
+        if rank == 0 and (time.time() - shown > 10 or step == o.steps):
             shown, pace = time.time(), (time.time() - began) / (step - first)
-            dynamic, static = (errors.detach() * world / counts[:2].clamp(min=1)).tolist()
-            say(f"step {step}/{o.steps}  masked loss: dynamic {dynamic:.3f}, static {static:.3f}  "
-                f"{o.batch_size / pace:.1f} samples/s  {(o.steps - step) * pace / 60:.1f} min left",
-                flush=True)
-    if stop:
-        say(f"stopped after step {step}; continue with --resume")
+            dynamic, static = (errors.detach() * world / counts.clamp(min=1)).tolist()
+            print(f"step {step}/{o.steps}  masked loss: dynamic {dynamic:.3f}, static {static:.3f}  "
+                  f"{o.batch_size / pace:.1f} samples/s  {(o.steps - step) * pace / 60:.1f} min left",
+                  flush=True)
+    if rank == 0 and stop:
+        print(f"stopped after step {step}; continue with --resume")
     elif rank == 0 and len(validation):
-        report(model, windows, training, validation[:250])
+        report(model, windows, training, validation[:60])
     if world > 1:
         dist.destroy_process_group()
+
+
+def configure(o, sites):
+    """The network's Config for these sites: the preset's, with the changes of --config."""
+    changes = {"max_days": o.seq_len}
+    for change in filter(None, o.config.split(",")):
+        name, _, value = change.partition("=")
+        changes[name] = ast.literal_eval(value)
+    return Config(sites.dynamic_names, sites.static_names, data.groups(sites.dynamic_names),
+                  data.groups(sites.static_names), **PRESETS[o.preset] | changes)
 
 
 def descend(optimizer, loss, lr, clip, where=""):
@@ -173,35 +184,50 @@ def load_checkpoint(path):
 
     ValueError if it is damaged, foreign, newer than this code, or holds what could be code.
     """
+    saved = load_file(path, VERSION, ("scaling", "options", "optimizer", "step", "ids"))
+    try:
+        model = StefaLand(Config(**saved["config"]))
+        model.load_state_dict(saved["model"])
+    except Exception as error:
+        raise ValueError(f"{path} does not fit this code: {error!r:.200}") from None
+    return model, saved
+
+
+def load_file(path, version, keys):
+    """A dict of plain values and tensors that torch.save wrote; ValueError says why it is not."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: run python train.py first")
+        raise FileNotFoundError(f"no file {path}: run python train.py, or finetune.py, first")
     try:
         data.check(zipfile.ZipFile(path).testzip() is None, "it is damaged")    # torch ignores sums
         saved = torch.load(path, map_location="cpu", weights_only=True)         # runs no code
-        data.check(saved["version"] <= VERSION, f"version {saved['version']} is too new")
-        lacks = {"scaling", "options", "optimizer", "step", "ids"} - saved.keys()
-        data.check(not lacks, f"it lacks {', '.join(sorted(lacks))}")
-        model = StefaLand(Config(**saved["config"]))
-        model.load_state_dict(saved["model"])
-        return model, saved
+        data.check(saved["version"] == version, f"version {saved['version']}, not {version}")
+        lacks = sorted(set(keys) - saved.keys())
+        data.check(not lacks, f"it lacks {', '.join(lacks)}")
+        return saved
     except pickle.UnpicklingError:              # torch's own text advises to load it nevertheless
         reason = "it holds objects that could be code"
     except Exception as error:
         reason = f"{error!r:.200}"
-    raise ValueError(f"{path} is no checkpoint that this code can read: {reason}")
+    raise ValueError(f"{path} cannot be read: {reason}")
 
 
 class Windows:
-    """Standardised sites, served as windows of L days; the daily data may stay on disk (memmap)."""
+    """Standardised sites, served as windows of L days with these variables in this order.
 
-    def __init__(self, sites, scaling, days):
+    A variable that the sites do not have is missing (NaN). Daily data may stay on disk (memmap).
+    """
+
+    def __init__(self, sites, scaling, days, dynamic_names, static_names):
         data.check(len(sites.dates) >= days,
                    f"{len(sites.dates)} days of data, windows of {days}: lower --seq-len")
-        self.days, self.forcing, self.scaling = days, sites.forcing, scaling["forcing"]
+        self.days, self.scaling, self.sites = days, scaling["forcing"], sites
+        self.dynamic_names = dynamic_names
         parts = np.array_split(sites.forcing, len(sites.ids) // 1000 + 1)
         seen = np.concatenate([~np.isnan(part).all(-1) for part in parts])      # (N, T)
         self.first, self.last = seen.argmax(1), seen.shape[1] - seen[:, ::-1].argmax(1)
-        self.static = torch.from_numpy(scale(sites.static, scaling["static"]))  # (N, S)
+        self.last[~seen.any(1)] = 0                         # no record: windows start at day 0
+        static = arrange(sites.static, sites.static_names, static_names)
+        self.static = torch.from_numpy(apply_standardisation(static, scaling["static"]))  # (N, S)
         self.latlon = torch.tensor(sites.latlon)                                # (N, 2)
         self.day_of_year = torch.from_numpy(data.day_of_year(sites.dates)).float()  # (T,)
 
@@ -209,41 +235,53 @@ class Windows:
         """Random first days of windows within the records of the sites: (B,) -> (B,)."""
         room = np.maximum(self.last[site] - self.days - self.first[site], 0)
         start = self.first[site] + rng.integers(0, room + 1)
-        return np.minimum(start, self.forcing.shape[1] - self.days)
+        return np.minimum(start, len(self.day_of_year) - self.days)
 
     def get(self, site, start, device="cpu"):
         """forcing (B, L, C), static (B, S), latlon (B, 2), day_of_year (B, L)."""
         day = start[:, None] + np.arange(self.days)                             # (B, L)
-        forcing = scale(self.forcing[site[:, None], day], self.scaling)         # (B, L, C)
-        return [x.to(device) for x in (torch.from_numpy(forcing), self.static[site],
-                                       self.latlon[site], self.day_of_year[day])]
+        forcing = self.sites.forcing[site[:, None], day]
+        forcing = arrange(forcing, self.sites.dynamic_names, self.dynamic_names)    # (B, L, C)
+        forcing = torch.from_numpy(apply_standardisation(forcing, self.scaling))
+        batch = forcing, self.static[site], self.latlon[site], self.day_of_year[day]
+        return [x.to(device) for x in batch]
 
 
-def tile(chosen, days, length, warmup):
-    """Windows that cover the days of a slice at every chosen site: site (n,), start (n,)."""
+def arrange(values, names, wanted):
+    """(..., names) -> (..., wanted): these variables in this order, NaN for one that is not there."""
+    if names == wanted:
+        return values
+    result = np.full((*values.shape[:-1], len(wanted)), np.nan, np.float32)
+    for v, name in enumerate(wanted):
+        if name in names:
+            result[..., v] = values[..., names.index(name)]
+    return result
+
+
+def cover_with_windows(days, length, warmup):
+    """First days (n,) of windows whose days after the warm-up cover the slice `days`."""
     starts = np.arange(max(days.start - warmup, 0), max(days.stop - warmup, 1), length - warmup)
-    starts = np.unique(np.minimum(starts, max(days.stop - length, 0)))
-    return np.repeat(chosen, len(starts)), np.tile(starts, len(chosen))
+    return np.unique(np.minimum(starts, max(days.stop - length, 0)))
 
 
 def day_slice(text, dates, default):
     """"FROM/TO", both included, or a default pair of shares -> slice of `dates`."""
     if not text:
-        return slice(*(int(share * len(dates)) for share in default))
-    first, last = map(np.datetime64, text.split("/"))
+        return slice(int(default[0] * len(dates)), int(default[1] * len(dates)))
+    first, last = np.array(text.split("/"), "datetime64[D]")
     data.check(dates[0] <= first < last <= dates[-1],
                f"period {text} is not within the data, {dates[0]} to {dates[-1]}")
     return slice(int(np.searchsorted(dates, first)), int(np.searchsorted(dates, last)) + 1)
 
 
-def fit_scaling(values):
-    """Statistics of (..., V) *training* values for scale(): (3, V) log flag, mean, std.
+def fit_standardisation(values):
+    """Statistics of (..., V) *training* values: (3, V) log flag, mean, std.
 
-    Variables never negative and skewed (precipitation, areas) are scaled as log(1 + x); a
-    variable that is missing everywhere gets NaN and stays missing.
+    Variables never negative and skewed (precipitation, areas) are taken as log(1 + x); a variable
+    that is missing everywhere gets NaN and stays missing.
     """
     v = np.ma.masked_invalid(values).astype(np.float64)
-    v = v.reshape(math.prod(v.shape[:-1]), v.shape[-1])
+    v = v.reshape(math.prod(v.shape[:-1]), v.shape[-1])                         # (n, V)
     skew = (((v - v.mean(0)) / v.std(0)) ** 3).mean(0)
     log = ((v.min(0) >= 0) & (skew > 2)).filled(False)
     v = np.ma.where(log, np.log1p(np.ma.maximum(v, 0)), v)
@@ -251,8 +289,8 @@ def fit_scaling(values):
     return torch.tensor(np.stack([log, v.mean(0).filled(np.nan), np.where(std < 1e-6, 1, std)]))
 
 
-def scale(values, scaling):
-    """Standardise (..., V) with the statistics of fit_scaling; NaN stays NaN."""
+def apply_standardisation(values, scaling):
+    """Standardise (..., V) with the statistics of fit_standardisation; NaN stays NaN."""
     log, mean, std = scaling.numpy()
     values = np.where(log > 0, np.log1p(np.maximum(values, 0)), values)
     return ((values - mean) / std).astype(np.float32)
@@ -265,40 +303,47 @@ def report(model, windows, training, validation):
     Yardsticks know training sites: ridge regression on the attributes of other groups (static
     groups), the mean of the day of the year (dynamic groups, hidden for 60 days).
     """
-    config, site = model.eval().config, np.repeat(validation, 4)                # 4 windows of each
-    batch = windows.get(site, windows.starts(site, np.random.default_rng(0)))
-    forcing, static, _, doy = batch                         # (B, L, C), (B, S), (B, 2), (B, L)
-    past = scale(windows.forcing[training[:500]], windows.scaling)              # (500, T, C)
-    past, table = torch.from_numpy(past).nanmean(0), windows.static.numpy()     # (T, C), (N, S)
-    days = [past[windows.day_of_year == day].nanmean(0) for day in range(1, 367)]
-    climatology = torch.stack(days)[doy.long() - 1]                             # (B, L, C)
-    fitted = torch.zeros_like(static)                                           # (B, S)
-    for v, group in enumerate(config.static_groups):
-        x = table[:, np.array(config.static_groups) != group]
-        fitted[:, v] = torch.from_numpy(ridge(x[training], table[training, v], x[site]))
-    inside = torch.zeros(windows.days, 1, dtype=torch.bool)                     # (L, 1)
-    inside[windows.days // 2:][:60] = True
-
+    config, device = model.eval().config, model.position.device
+    site = np.repeat(validation, 4)                         # 4 windows of each
+    batch = windows.get(site, windows.starts(site, np.random.default_rng(0)), device)
+    forcing, static, _, day_of_year = batch                 # (B, L, C), (B, S), (B, 2), (B, L)
     print(f"\nR2 at {len(validation)} validation sites, mean over the variables of a hidden group\n"
           f"{'group':<24}{'StefaLand':>10}{'yardstick':>11}")
-    for kind, groups in ((1, config.static_groups), (0, config.dynamic_groups)):
-        for group in sorted({*groups} - {NEVER_HIDDEN}):
-            member = torch.tensor([g == group for g in groups])                 # (V,)
-            hidden = [torch.zeros_like(x).bool() for x in (forcing, static, static[:, 0])]
-            hidden[kind] |= member if kind == 1 else inside & member
-            guess = torch.cat([
-                model.decode(model.encode(*x[:4], hidden=x[4:]))[kind].cpu()
-                for x in zip(*(x.to(model.position.device).split(64) for x in (*batch, *hidden)))])
-            own, other = (r_squared(batch[kind], x, hidden[kind])
-                          for x in (guess, (climatology, fitted)[kind]))
-            if own == own:                                  # observed at these sites
-                print(f"{('dynamic ', 'static ')[kind] + group:<24}{own:>10.3f}{other:>11.3f}")
+
+    table = windows.static.numpy()                                              # (N, S)
+    for group in sorted(set(config.static_groups) - {NEVER_HIDDEN}):
+        member = np.array(config.static_groups) == group                        # (S,)
+        hide = torch.from_numpy(member).to(device).expand(static.shape)         # (B, S)
+        _, guess = model.decode(model.encode(*batch, Masks(static=hide)))
+        fitted, x = np.zeros_like(table[site]), table[:, ~member]               # (B, S), (N, S')
+        for v in np.flatnonzero(member):
+            fitted[:, v] = ridge(x[training], table[training, v], x[site])
+        print_row("static " + group, static, guess, torch.from_numpy(fitted), hide)
+
+    past = windows.sites.forcing[training[:500]]                                # (500, T, C)
+    past = torch.from_numpy(apply_standardisation(past, windows.scaling)).nanmean(0)    # (T, C)
+    days = [past[windows.day_of_year == day].nanmean(0) for day in range(1, 367)]
+    climatology = torch.stack(days)[day_of_year.long().cpu() - 1]               # (B, L, C)
+    inside = torch.zeros(windows.days, 1, dtype=torch.bool, device=device)      # (L, 1)
+    inside[windows.days // 2:][:60] = True
+    for group in sorted(set(config.dynamic_groups)):
+        member = torch.tensor([name == group for name in config.dynamic_groups], device=device)
+        hide = (inside & member).expand(forcing.shape)                          # (B, L, C)
+        guess, _ = model.decode(model.encode(*batch, Masks(dynamic=hide)))
+        print_row("dynamic " + group, forcing, guess, climatology, hide)
+
+
+def print_row(name, truth, guess, yardstick, hide):
+    ours = r_squared(truth, guess, hide)
+    theirs = r_squared(truth, yardstick.to(truth.device), hide)
+    if not math.isnan(ours):                                # observed at these sites
+        print(f"{name:<24}{ours:>10.3f}{theirs:>11.3f}")
 
 
 def r_squared(truth, guess, where):
     """1 - SSE/SST over observed entries in `where`, mean over the variables (last axis) it has."""
-    y = torch.where(where > 0, truth, math.nan).double().flatten(0, -2)         # (n, V)
-    sse = (y - guess.flatten(0, -2)).square().where(~y.isnan(), 0).sum(0)       # (V,)
+    y = torch.where(where, truth, math.nan).double().flatten(0, -2)             # (n, V)
+    sse = (y - guess.flatten(0, -2)).square().nansum(0)                         # (V,)
     sst = (y - y.nanmean(0)).square().nansum(0)
     return (1 - sse / sst)[sst > 1e-9].mean().item()        # NaN if it has none
 
@@ -317,8 +362,9 @@ def ridge(x, y, x_new):
 def setup(device):
     """(rank, processes, device); joins torchrun's group, nccl on CUDA and gloo on the CPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device or default)
+    if not device and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(device or "cpu")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if platform.libc_ver()[0] == "glibc":       # keep freed blocks: faults are a tenth of a step
@@ -331,10 +377,14 @@ def parse(options, description, argv, defaults=None):
     """The command line as an instance of a dataclass of options; --seq-len is its field seq_len."""
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    sections = {}
     for f in fields(options):
+        title = f.metadata["group"]
+        if title not in sections:
+            sections[title] = parser.add_argument_group(title)
         kind = dict(action="store_true") if f.default is False else dict(type=type(f.default))
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind,
-                            help=f.metadata["help"] + f" [{f.default}]" * bool(f.default))
+        sections[title].add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind,
+                                     help=f"{f.metadata['help']} [{f.default}]")
     parser.set_defaults(**defaults or {})
     return options(**vars(parser.parse_args(argv)))
 
@@ -342,16 +392,14 @@ def parse(options, description, argv, defaults=None):
 def main(argv=None):
     o = parse(Options, __doc__, argv)
     if o.resume:                                            # its options, but for those given now
-        saved = load_checkpoint(Path(o.out) / "pretrained.pt")[1]
+        _, saved = load_checkpoint(Path(o.out, "pretrained.pt"))
         o = parse(Options, __doc__, argv, saved["options"] | {"out": o.out})
-    data.check(o.preset in PRESETS, f"--preset {o.preset}: expected one of {[*PRESETS]}")
+    data.check(o.preset in PRESETS, f"--preset {o.preset}: expected one of {', '.join(PRESETS)}")
     for name, value in TRAINING[o.preset].items():
         setattr(o, name, getattr(o, name) or value)
     if o.quick:
         o.steps, o.batch_size = min(o.steps, 20), min(o.batch_size, 8)
-    o.seq_len = 1 if o.static_only else o.seq_len
-    train(o, data.load(o.data, cache=Path(o.out) / "cache", quick=o.quick,
-                       static_only=o.static_only))
+    train(o, data.load(o.data, cache=Path(o.out, "cache"), quick=o.quick))
 
 
 if __name__ == "__main__":
