@@ -10,7 +10,7 @@ import csv
 import hashlib
 import os
 import shutil
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,13 +116,8 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", quick
     """
     if spec == "synthetic":
         sites = synthetic_world(seed, n_sites=60, years=3) if quick else synthetic_world(seed)
-    elif cache:
-        folder = Path(cache, fingerprint(spec, target))
-        if not folder.is_dir():
-            write_cache(folder, read_archives(spec, target))
-        sites = read_cache(folder)
     else:
-        sites = read_archives(spec, target)
+        sites = load_archives(spec, target, cache)
     if target in sites.extra:
         sites = replace(sites, target=sites.extra[target])
     print(f"{spec}: {len(sites.ids)} sites, {sites.dates[0]} to {sites.dates[-1]}; daily "
@@ -250,66 +245,67 @@ class Record(NamedTuple):
     extra: dict = {}       # name -> value or array, becomes Sites.extra
 
 
-def sources(spec):
-    """[(reader, folder)] of "caravan:DIR,camels:DIR"."""
-    found = []
+def load_archives(spec, target, cache):
+    """The sites of all sources; from the cache, if neither files nor readers have changed."""
+    sources, key, records = [], [spec, target], []
     for part in spec.split(","):
         kind, _, folder = part.partition(":")
         check(kind in READERS, f"data '{kind}': expected synthetic, or NAME:DIR with a NAME of "
                                f"{', '.join(READERS)}")
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"data {kind}: no folder '{folder}'")
-        found.append((READERS[kind], Path(folder)))
-    return found
-
-
-def read_archives(spec, target):
-    records = []
-    for reader, folder in sources(spec):
-        records += reader(folder)
-    check(records, f"{spec}: no site found")
-    return assemble(records, target)
+        sources.append((READERS[kind], Path(folder)))
+        code = [Path(__file__), Path(READERS[kind].__code__.co_filename)]
+        for path in code + sorted(Path(folder).rglob("*")):
+            key.append((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns))
+    cached = Path(cache or "", hashlib.sha256(repr(key).encode()).hexdigest()[:16])
+    if not (cache and cached.is_dir()):
+        for reader, folder in sources:
+            records += reader(folder)
+        check(records, f"{spec}: no site found")
+        sites = assemble(records, target)
+        if not cache:
+            return sites
+        write_cache(cached, sites)
+    return read_cache(cached)
 
 
 def assemble(records, target):
     """`Sites` on the union of the records' dates and variables; unknown attributes come last."""
-    static_found, series_found, days = set(), set(), [np.datetime64("1970-01-01") + np.arange(365)]
-    for record in records:
-        static_found |= record.static.keys()
-        series_found |= record.series.keys()
+    static_found = set().union(*[record.static for record in records])
     static_names = [name for name in STATIC if name in static_found]
     static_names += sorted(static_found - STATIC.keys())
+    series_found = set().union(*[record.series for record in records])
     dynamic_names = [name for name in DYNAMIC if name in series_found] or ["precipitation"]
     unused = sorted(series_found - {*dynamic_names, target})
     if unused:
         print(f"neither weather nor the target, not used: {', '.join(unused)}")
-    if series_found:                                        # without weather: an empty year
-        days = [days for record in records for days, _ in record.series.values()]
+    days = [days for record in records for days, _ in record.series.values()]
+    days = days or [np.arange("1970", "1971", dtype="datetime64[D]")]   # no weather: an empty year
     dates = np.arange(min(d.min() for d in days), max(d.max() for d in days) + 1)
 
-    N, T, ids = len(records), len(dates), set()
-    latlon = np.full((N, 2), np.nan, np.float32)
-    static = np.full((N, len(static_names)), np.nan, np.float32)
-    daily = np.full((N, T, len(dynamic_names) + 1), np.nan, np.float32)         # the target is last
+    ids, latlon = [record.id for record in records], [record.latlon for record in records]
+    latlon = np.array(latlon, np.float32)                                       # (N, 2)
+    static = np.full((len(ids), len(static_names)), np.nan, np.float32)         # (N, S)
+    daily = np.full((len(ids), len(dates), len(dynamic_names) + 1), np.nan, np.float32)
     for i, record in enumerate(records):
         place, (lat, lon) = f"{record.file}: site {record.id}", record.latlon
-        check(record.id not in ids, f"{place} was already read from another file")
         check(np.isnan(lat) or abs(lat) <= 90, f"{place} has the latitude {lat}")
         check(np.isnan(lon) or abs(lon) <= 360, f"{place} has the longitude {lon}")
-        ids.add(record.id)
-        latlon[i] = lat, (np.float32(lon) + 180) % 360 - 180
-        for j, name in enumerate(static_names):
-            static[i, j] = record.static.get(name, np.nan)
-        for j, name in enumerate([*dynamic_names, target]):
+        static[i] = [record.static.get(name, np.nan) for name in static_names]
+        for j, name in enumerate([*dynamic_names, target]):                     # the target is last
             if name in record.series:
                 days, values = record.series[name]
                 check(len(np.unique(days)) == len(days), f"{place} has the same date twice")
                 daily[i, (days - dates[0]).astype(int), j] = values
+    names, count = np.unique(ids, return_counts=True)
+    check(count.max() == 1, f"two of the files have a site {names[count.argmax()]}")
+    latlon[:, 1] = (latlon[:, 1] + 180) % 360 - 180
     extra = {}
     for name in records[0].extra:
         extra[name] = np.array([record.extra[name] for record in records], np.float32)
-    return Sites(np.array([record.id for record in records]), latlon, static, daily[..., :-1],
-                 daily[..., -1], dates, tuple(static_names), tuple(dynamic_names), extra)
+    return Sites(np.array(ids), latlon, static, daily[..., :-1], daily[..., -1], dates,
+                 tuple(static_names), tuple(dynamic_names), extra)
 
 
 def read_caravan(folder):
@@ -431,13 +427,12 @@ class Table:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         text = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[lines]
-        try:
-            rows = list(csv.reader(text, delimiter=delimiter or " ", skipinitialspace=True,
-                                   strict=True))
-        except csv.Error as error:
-            raise ValueError(f"{path}: {error}") from None
-        if delimiter is None:
-            rows = [line.split() for line in text]
+        rows = [line.split() for line in text]
+        if delimiter:
+            try:
+                rows = list(csv.reader(text, delimiter=delimiter, skipinitialspace=True))
+            except csv.Error as error:
+                raise ValueError(f"{path}: {error}") from None
         numbered = [(line, row) for line, row in enumerate(rows, lines.start + 1) if row]
         if header is None and numbered:
             header = [name.strip().lower() for name in numbered.pop(0)[1]]
@@ -558,26 +553,14 @@ def day_of_year(dates):
     return (dates - dates.astype("datetime64[Y]")).astype(int) + 1
 
 
-def fingerprint(spec, target):
-    """A name for the cache of these sources: it changes with the readers' code and any file."""
-    key = [spec, target]
-    for reader, folder in sources(spec):
-        code = [Path(__file__), Path(reader.__code__.co_filename)]
-        for path in code + sorted(folder.rglob("*")):
-            key.append((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns))
-    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-
-
 def write_cache(folder, sites):
     """One array a file; the folder appears whole, or not at all."""
+    arrays = vars(sites) | {f"extra-{name}": values for name, values in sites.extra.items()}
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
-        for item in fields(Sites):
-            if item.name != "extra":
-                np.save(temporary / item.name, getattr(sites, item.name))
-        for name, values in sites.extra.items():
-            np.save(temporary / f"extra-{name}", values)
+        for name in arrays.keys() - {"extra"}:
+            np.save(temporary / name, arrays[name])
         if not folder.is_dir():                             # another process may have been faster
             temporary.rename(folder)
     finally:
@@ -588,9 +571,9 @@ def read_cache(folder):
     """`Sites` whose arrays stay on disk until they are used; ValueError if they are damaged."""
     try:
         arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
-        extra = {name[6:]: arrays.pop(name) for name in list(arrays) if name.startswith("extra-")}
         for name in ("static_names", "dynamic_names"):
             arrays[name] = tuple(arrays[name].tolist())
+        extra = {name[6:]: arrays.pop(name) for name in list(arrays) if name.startswith("extra-")}
         return Sites(**arrays, extra=extra)
     except Exception as error:
         raise ValueError(f"{folder} is damaged, delete it: {error}") from None

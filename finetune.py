@@ -35,8 +35,7 @@ from train import (Windows, cover_with_windows, day_slice, descend, fit_standard
 @dataclass
 class Options:
     task: str = option("data", "streamflow", "one of finetune.TASKS")
-    data: str = option("data", "synthetic", "synthetic, or caravan:DIR, camels:DIR, csv:DIR, "
-                                            "joined by commas")
+    data: str = option("data", "synthetic", "or caravan:DIR, camels:DIR, csv:DIR; several: a,b")
     out: str = option("data", "out", "folder of checkpoint, cache and runs")
     basins: str = option("data", "", "file with a gauge a line: only these, once folds are cut")
     train_period: str = option("data", "", "FROM/TO, as 1989-10-01/1999-09-30; empty: first 60 %")
@@ -45,8 +44,7 @@ class Options:
     folds: int = option("hold-out", 5, "number of folds")
     fold: str = option("hold-out", "0", "folds to test on, joined by commas, or all")
     reshuffle_folds: bool = option("hold-out", False, "other folds for every seed")
-    labelled: int = option("hold-out", 0, "sites with observations, a seventh of them for "
-                                          "validation; 0: all")
+    labelled: int = option("hold-out", 0, "sites with observations, 1/7 to validate; 0: all")
     missing: float = option("hold-out", 0.0, "share of attribute groups hidden at test sites")
     allow_overlap: bool = option("hold-out", False, "test sites may be known to the checkpoint")
     model: str = option("model", "", "of finetune.VARIANTS, joined by commas; empty: the task's")
@@ -258,13 +256,15 @@ class Samples:
 
 def load(path):
     """The model that a run has saved: .predict(sites). Import the application of its task first."""
-    saved = load_file(path, VERSION, ("settings", "weights"))                   # runs no code
-    task, variant = saved["settings"]["task"], saved["settings"]["variant"]
-    data.check(task in TASKS and variant in VARIANTS,
-               f"{path}: first import the application that defines {task} and {variant}")
-    model = Predictor(saved["settings"])
-    model.load_state_dict(saved["weights"])
-    return model.eval()
+    def rebuild(saved):
+        task, variant = saved["settings"]["task"], saved["settings"]["variant"]
+        data.check(task in TASKS and variant in VARIANTS,
+                   f"first import the application that defines {task} and {variant}")
+        model = Predictor(saved["settings"])
+        model.load_state_dict(saved["weights"])
+        return model.eval()
+
+    return load_file(path, VERSION, rebuild)
 
 
 VERSION = 1                                                 # of the saved models' format

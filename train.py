@@ -37,8 +37,7 @@ def option(group, default, text):
 
 @dataclass
 class Options:
-    data: str = option("data", "synthetic", "synthetic, or caravan:DIR, camels:DIR, csv:DIR, joined "
-                                            "by commas")
+    data: str = option("data", "synthetic", "or caravan:DIR, camels:DIR, csv:DIR; several: a,b")
     out: str = option("data", "out", "folder of the checkpoint and of the cache of parsed archives")
     holdout: str = option("hold-out", "pub", "pub (random sites), pur (regions) or none")
     folds: int = option("hold-out", 5, "number of folds")
@@ -180,30 +179,26 @@ def learning_rate(progress):
 
 
 def load_checkpoint(path):
-    """The network of a checkpoint, on the CPU, and the dict of all that was saved with it.
-
-    ValueError if it is damaged, foreign, newer than this code, or holds what could be code.
-    """
-    saved = load_file(path, VERSION, ("scaling", "options", "optimizer", "step", "ids"))
-    try:
+    """The network of a checkpoint, on the CPU, and the dict of all that was saved with it."""
+    def rebuild(saved):
         model = StefaLand(Config(**saved["config"]))
         model.load_state_dict(saved["model"])
-    except Exception as error:
-        raise ValueError(f"{path} does not fit this code: {error!r:.200}") from None
-    return model, saved
+        lacks = {"scaling", "options", "optimizer", "step", "ids"} - saved.keys()
+        data.check(not lacks, f"it lacks {', '.join(sorted(lacks))}")
+        return model, saved
+
+    return load_file(path, VERSION, rebuild)
 
 
-def load_file(path, version, keys):
-    """A dict of plain values and tensors that torch.save wrote; ValueError says why it is not."""
+def load_file(path, version, rebuild):
+    """rebuild(what torch.save wrote); ValueError says why it cannot be, and no code of it runs."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}: run python train.py, or finetune.py, first")
+        raise FileNotFoundError(f"no file {path}: run python train.py, then finetune.py")
     try:
         data.check(zipfile.ZipFile(path).testzip() is None, "it is damaged")    # torch ignores sums
-        saved = torch.load(path, map_location="cpu", weights_only=True)         # runs no code
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         data.check(saved["version"] == version, f"version {saved['version']}, not {version}")
-        lacks = sorted(set(keys) - saved.keys())
-        data.check(not lacks, f"it lacks {', '.join(lacks)}")
-        return saved
+        return rebuild(saved)
     except pickle.UnpicklingError:              # torch's own text advises to load it nevertheless
         reason = "it holds objects that could be code"
     except Exception as error:
@@ -303,39 +298,38 @@ def report(model, windows, training, validation):
     Yardsticks know training sites: ridge regression on the attributes of other groups (static
     groups), the mean of the day of the year (dynamic groups, hidden for 60 days).
     """
-    config, device = model.eval().config, model.position.device
+    model, config = model.cpu().eval(), model.config
     site = np.repeat(validation, 4)                         # 4 windows of each
-    batch = windows.get(site, windows.starts(site, np.random.default_rng(0)), device)
+    batch = windows.get(site, windows.starts(site, np.random.default_rng(0)))
     forcing, static, _, day_of_year = batch                 # (B, L, C), (B, S), (B, 2), (B, L)
     print(f"\nR2 at {len(validation)} validation sites, mean over the variables of a hidden group\n"
           f"{'group':<24}{'StefaLand':>10}{'yardstick':>11}")
 
-    table = windows.static.numpy()                                              # (N, S)
+    table, fitted = windows.static.numpy(), torch.zeros_like(static)            # (N, S), (B, S)
+    for v, group in enumerate(config.static_groups):
+        x = table[:, np.array(config.static_groups) != group]                   # (N, S')
+        fitted[:, v] = torch.from_numpy(ridge(x[training], table[training, v], x[site]))
     for group in sorted(set(config.static_groups) - {NEVER_HIDDEN}):
-        member = np.array(config.static_groups) == group                        # (S,)
-        hide = torch.from_numpy(member).to(device).expand(static.shape)         # (B, S)
+        member = torch.tensor([name == group for name in config.static_groups])
+        hide = member.expand(static.shape)                                      # (B, S)
         _, guess = model.decode(model.encode(*batch, Masks(static=hide)))
-        fitted, x = np.zeros_like(table[site]), table[:, ~member]               # (B, S), (N, S')
-        for v in np.flatnonzero(member):
-            fitted[:, v] = ridge(x[training], table[training, v], x[site])
-        print_row("static " + group, static, guess, torch.from_numpy(fitted), hide)
+        print_row("static " + group, static, guess, fitted, hide)
 
     past = windows.sites.forcing[training[:500]]                                # (500, T, C)
     past = torch.from_numpy(apply_standardisation(past, windows.scaling)).nanmean(0)    # (T, C)
     days = [past[windows.day_of_year == day].nanmean(0) for day in range(1, 367)]
-    climatology = torch.stack(days)[day_of_year.long().cpu() - 1]               # (B, L, C)
-    inside = torch.zeros(windows.days, 1, dtype=torch.bool, device=device)      # (L, 1)
+    climatology = torch.stack(days)[day_of_year.long() - 1]                     # (B, L, C)
+    inside = torch.zeros(windows.days, 1, dtype=torch.bool)                     # (L, 1)
     inside[windows.days // 2:][:60] = True
     for group in sorted(set(config.dynamic_groups)):
-        member = torch.tensor([name == group for name in config.dynamic_groups], device=device)
+        member = torch.tensor([name == group for name in config.dynamic_groups])
         hide = (inside & member).expand(forcing.shape)                          # (B, L, C)
         guess, _ = model.decode(model.encode(*batch, Masks(dynamic=hide)))
         print_row("dynamic " + group, forcing, guess, climatology, hide)
 
 
 def print_row(name, truth, guess, yardstick, hide):
-    ours = r_squared(truth, guess, hide)
-    theirs = r_squared(truth, yardstick.to(truth.device), hide)
+    ours, theirs = r_squared(truth, guess, hide), r_squared(truth, yardstick, hide)
     if not math.isnan(ours):                                # observed at these sites
         print(f"{name:<24}{ours:>10.3f}{theirs:>11.3f}")
 

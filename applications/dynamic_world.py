@@ -158,7 +158,7 @@ def read_scenes(folder):
     if not paths:
         raise FileNotFoundError(f"{folder}: no file *.npz, expected one of dated scenes")
     path, arrays = paths[0], read_npz(paths[0])
-    reflectance = take(arrays, path, "s2_l1c", ("any", "any", "any", "any"))
+    reflectance = take(arrays, path, "s2_l1c", ("T", "H", "W", "K"))
     T, H, W, K = reflectance.shape
     bands = take(arrays, path, "s2_bands", (K,), text=True)
     times = take(arrays, path, "s2_dates", (T,), text=True)
@@ -168,7 +168,7 @@ def read_scenes(folder):
     clear = (scenes > -1).all(-1)                           # neither NaN nor a number that means it
     scenes[~clear] = np.nan
     if "clm" in arrays:
-        mask_times = take(arrays, path, "ndvi_dates", ("any",), text=True)
+        mask_times = take(arrays, path, "ndvi_dates", ("U",), text=True)
         masks = take(arrays, path, "clm", (len(mask_times), H, W))
         for time, mask in zip(mask_times, masks):
             clear[np.array(times) == time] &= mask == 0     # the scene of that time, if any
@@ -187,17 +187,20 @@ def read_npz(path):
 
 
 def take(arrays, path, name, shape, text=False):
-    """arrays[name], as a list of strings if text; ValueError unless type and shape fit."""
+    """arrays[name], as a list of strings if text; ValueError if it is not there or does not fit.
+
+    shape: the length expected of every axis, or its letter where any will do.
+    """
     if name not in arrays:
         raise ValueError(f"{path}: no array {name}, it has {[*arrays]}")
     values = arrays[name]
-    same = [expected in (length, "any") for length, expected in zip(values.shape, shape)]
-    if values.ndim != len(shape) or values.size == 0 or not all(same):
+    fits = [isinstance(n, str) or n == length for n, length in zip(shape, values.shape)]
+    if values.ndim != len(shape) or values.size == 0 or not all(fits):
         raise ValueError(f"{path}: {name} has the shape {values.shape}, expected {shape}")
     if text:
         return values.astype(str).tolist()
     if values.dtype.kind not in "biuf" or np.isinf(values).any():
-        raise ValueError(f"{path}: {name} ({values.dtype}) has text or infinities, not only numbers")
+        raise ValueError(f"{path}: {name} is {values.dtype} with text or infinities, not numbers")
     return values
 
 
