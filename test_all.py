@@ -1,5 +1,7 @@
 """All tests: python test_all.py [part of a name], or pytest. Real data: $MINSTEFALAND_REAL."""
 
+import contextlib
+import io
 import os
 import re
 import sys
@@ -26,6 +28,8 @@ raises = unittest.TestCase().assertRaisesRegex
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-5, equal_nan=True, check_dtype=False)
 
 
+# model.py
+
 def small(**changes):
     """A model, and a batch of 5 sites and 60 days for it with some values missing."""
     torch.manual_seed(0)
@@ -37,119 +41,167 @@ def small(**changes):
     return m, forcing, static, latlon, torch.arange(1.0, 61).expand(5, 60)
 
 
-def test_layers_equal_their_definitions():
-    torch.manual_seed(0)
-    place = 180 * torch.rand(50, 2).double() - 90
+def test_spherical_harmonics_fulfil_the_addition_theorem():
+    place = 180 * torch.rand(50, 2, generator=torch.Generator().manual_seed(0)).double() - 90
     basis, xyz = model.spherical_harmonics(place, 40), data.on_sphere(place)
     kernel = np.polynomial.legendre.legval(xyz @ xyz.T, (2 * np.arange(41) + 1) / (4 * np.pi))
-    assert np.abs(basis @ basis.T - kernel).max() < 1e-9    # the addition theorem
+    assert np.abs(basis @ basis.T - kernel).max() < 1e-9
+
+
+def test_variable_embedding_equals_its_formula():
+    torch.manual_seed(0)
     e, gelu = model.VariableEmbedding(3, 16, 8), torch.nn.GELU()
     x, hide = torch.randn(4, 7, 3).sqrt(), torch.rand(4, 7, 3) < 0.3            # half of x is NaN
+    torch.nn.init.normal_(e.b2)
     units = gelu(x[..., None] * e.w1 + e.b1)                                    # (4, 7, V, hidden)
     tokens = torch.einsum("btvh,dvh->btvd", units, e.w2.view(16, 3, 8)) + e.b2
     close(e(x, hide), torch.where((hide | x.isnan())[..., None], e.mask_vector, tokens).sum(2))
+
+
+def test_variable_projection_equals_its_formula():
+    torch.manual_seed(0)
+    p, x = model.VariableProjection(3, 16, 8), torch.randn(4, 7, 16)
+    torch.nn.init.normal_(p.b1), torch.nn.init.normal_(p.b2)
+    units = torch.nn.functional.gelu(x @ p.w1.T + p.b1).unflatten(-1, (3, 8))   # (4, 7, V, hidden)
+    close(p(x), (units * p.w2).sum(-1) + p.b2)
+
+
+def test_fast_dropout_keeps_share_and_mean():
     y = model.Dropout(0.1)(torch.ones(999_999))
     assert abs((y == 0).double().mean() - 26 / 256) < 1e-3 and abs(y.mean() - 1) < 2e-3
-    ours, x = model.EncoderLayer(model.Config(n_heads=2)).eval(), torch.randn(3, 9, 64)
-    theirs = torch.nn.TransformerEncoderLayer(64, 2, 128, 0, "gelu", batch_first=True)
-    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values())))
-    close(ours(x), theirs(x))
-    for nested, nodes in ((False, 4 + 3), (True, 4 + 3 + 2 + 1)):
-        m, x = model.UNet(5, 3, nested, width=8), torch.randn(2, 5, 24, 32)
-        assert len(m.nodes) == nodes and m(x).shape == (2, 3, 24, 32)
-        m(x).sum().backward()                               # every node takes part
-        assert all(p.grad.abs().sum() > 0 for p in m.parameters() if p.dim() == 4)
-        raises(ValueError, "28 x 32.*multiples of 8", m, torch.randn(2, 5, 28, 32))
+    assert torch.equal(model.Dropout(0.1).eval()(torch.ones(99)), torch.ones(99))
 
 
-def test_masks_and_loss():
+def test_encoder_layer_equals_torchs():
+    for heads in (2, 4):                                    # head widths 32 and 16: two ways
+        torch.manual_seed(0)
+        ours, x = model.EncoderLayer(model.Config(n_heads=heads)).eval(), torch.randn(3, 9, 64)
+        theirs = torch.nn.TransformerEncoderLayer(64, heads, 128, 0, "gelu", batch_first=True)
+        theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values())))
+        close(ours(x), theirs(x))
+
+
+def test_groups_are_hidden_together_within_one_window_of_30_to_90_days():
+    m, *_ = small(p_always=0.0, windows=1)
+    hidden = m.draw_masks(4000, 120)
+    (p, tmax, tmin), (clay, sand, height, area) = hidden.dynamic.unbind(-1), hidden.static.unbind(-1)
+    assert torch.equal(tmax, tmin) and torch.equal(clay, sand)
+    assert not torch.equal(p, tmax) and not torch.equal(clay, height)
+    assert set(p.sum(1).tolist()) - {0} == set(range(30, 91))
+    assert (p[:, 1:] != p[:, :-1]).sum(1).max() <= 2
+    edges = p[p.any(1)].double().mean(0)                    # any start is as likely
+    assert abs(edges[:60].mean() - edges[60:].mean()) < 0.02
+    assert not area.any()                                   # "context" is never hidden
+
+
+def test_masks_hide_the_shares_asked_for():
     m, *_ = small(p_always=0.0, p_static=0.25, windows=1)
-    dynamic, static, location = m.draw_masks(4000, 120)
-    (p, tmax, tmin), (clay, sand, height, area) = dynamic.unbind(-1), static.unbind(-1)
-    assert torch.equal(tmax, tmin) and torch.equal(clay, sand) and not torch.equal(p, tmax)
-    assert not area.any() and set(p.sum(1).tolist()) - {0} == set(range(30, 91))
-    assert (p[:, 1:] != p[:, :-1]).sum(1).max() <= 2        # one contiguous window
-    always = small(p_always=0.2, p_dynamic=0.0)[0].draw_masks(4000, 120)[0][..., 0]
+    hidden = m.draw_masks(4000, 120)
+    always = small(p_always=0.2, p_dynamic=0.0)[0].draw_masks(4000, 120).dynamic[..., 0]
     assert set(always.sum(1).tolist()) == {0, 120}
-    shares = [x.double().mean() for x in (p.any(1), clay, height, location, always)]
+    parts = hidden.dynamic[..., 0].any(1), hidden.static[:, 0], hidden.static[:, 2], hidden.location
+    shares = [part.double().mean() for part in (*parts, always)]
     assert np.allclose(shares, [0.5, 0.25, 0.25, 0.6, 0.2], atol=0.03)
+    several = small(p_always=0.0, windows=3)[0].draw_masks(4000, 120).dynamic[..., 0].any(1)
+    assert abs(several.double().mean() - (1 - 0.5 ** 3)) < 0.03
+
+
+def test_variables_without_groups_are_hidden_one_by_one():
+    m = model.StefaLand(model.Config(("a", "b"), ("c", "d"), d_model=8, n_heads=2))
+    hidden = m.draw_masks(500, 40)
+    assert hidden.dynamic.shape == (500, 40, 2) and hidden.static.shape == (500, 2)
+    assert not torch.equal(hidden.static[:, 0], hidden.static[:, 1])
+
+
+def test_errors_are_summed_over_what_is_hidden_and_observed():
     m, forcing, *rest = small()
     hidden = m.draw_masks(5, 60)
-    encoded = m.encode(forcing, *rest, hidden)
-    parts = zip(m.decode(encoded), (forcing, rest[0]), hidden, *m(forcing, *rest, hidden))
-    for output, truth, hide, error, count in parts:
+    errors, counts = m(forcing, *rest, hidden)
+    outputs = m.decode(m.encode(forcing, *rest, hidden))
+    for k, (output, truth, hide) in enumerate(zip(outputs, (forcing, rest[0]), hidden)):
         squares = (output - truth)[hide].square()
-        assert count == (~squares.isnan()).sum()
-        close(error / count, squares.nanmean())
-    other = torch.where(hidden[0], forcing + 9, forcing)    # what is hidden counts as truth only
-    close(m.encode(other, *rest, hidden), encoded)
-    m(forcing.requires_grad_(), *rest, [torch.ones_like(h) for h in hidden])[0].sum().backward()
+        assert counts[k] == (~squares.isnan()).sum()
+        close(errors[k] / counts[k], squares.nanmean())
+
+
+def test_hidden_values_do_not_reach_the_encoder():
+    m, forcing, *rest = small()
+    hidden = m.draw_masks(5, 60)
+    changed = torch.where(hidden.dynamic, forcing + 9, forcing)
+    close(m.encode(changed, *rest, hidden), m.encode(forcing, *rest, hidden))
+
+
+def test_a_missing_value_is_never_scored():
+    m, forcing, *rest = small()
+    everything = model.Masks(*[torch.ones_like(x).bool() for x in (forcing, rest[0], forcing[:, 0, 0])])
+    m(forcing.requires_grad_(), *rest, everything)[0].sum().backward()
     assert torch.equal(forcing.grad == 0, forcing.isnan())
+
+
+def test_objective_is_dynamic_plus_half_of_static():
     close(model.masked_loss(torch.tensor([6, 4]), torch.tensor([3, 1])), torch.tensor(2 + 0.5 * 4))
     raises(ValueError, "nothing to learn", model.masked_loss, torch.zeros(2), torch.zeros(2))
 
 
-def test_sites_do_not_mix_and_bad_input_is_refused():
+def test_sites_of_a_batch_do_not_mix():
+    m, *batch = small()
+    close(m.encode(*(x[[3, 1]] for x in batch)), m.encode(*batch)[[3, 1]])
+
+
+def test_an_unknown_place_is_a_hidden_place_and_a_known_one_counts():
     m, forcing, static, latlon, doy = small()
-    full, nowhere = (m.encode(forcing, static, place, doy) for place in (latlon, None))
-    close(m.encode(*(x[[3, 1]] for x in (forcing, static, latlon, doy))), full[[3, 1]])
-    hide = None, None, torch.ones(5).bool()
-    for place, hidden in ((latlon * nan, None), (latlon, hide)):
-        close(m.encode(forcing, static, place, doy, hidden), nowhere)
-    for place, day in ((latlon * 0, doy), (None, doy + 90), (None, None)):     # place, season count
-        assert (m.encode(forcing, static, place, day) - nowhere).abs().max() > 1e-3
-    for complaint, *inputs in (
-            ("2 dynamic.*tmin", forcing[..., :2], static), ("5 sites.*of 2", forcing, static[:2]),
-            ("3 static.*clay", forcing, static[:, :3]), ("missing", forcing * nan, static * nan),
-            ("400 days.*365", torch.zeros(5, 400, 3), static)):
-        raises(ValueError, complaint, m.encode, *inputs)
+    nowhere, hide = m.encode(forcing, static, None, doy), torch.ones(5).bool()
+    close(m.encode(forcing, static, latlon * nan, doy), nowhere)
+    close(m.encode(forcing, static, latlon, doy, model.Masks(location=hide)), nowhere)
+    assert (m.encode(forcing, static, latlon * 0, doy) - nowhere).abs().max() > 1e-3
 
 
-@needs_real_data
-def test_release_parity_and_dynamic_world():
-    z, from_release = np.load(REAL / "release/release_io.npz"), model.StefaLand.from_release
-    state = {key[6:]: z[key] for key in z.files if key.startswith("state/")}
-    m = from_release(state, int(z["heads"])).eval()
-    assert [*m.dynamic_names, *m.static_names] == [*z["dynamic_names"], *z["static_names"]]
-    x, s, mask = (torch.tensor(z[key]) for key in ("x", "s", "mask"))
-    encoded, masked = (m.encode(x, s, hidden=h) for h in (None, (mask, None, None)))
-    got = (m.embed(x, s), encoded, *m.decode(encoded), m.decode(masked)[0])
-    names = ("tokens", "encoded", "out_dynamic", "out_static", "out_dynamic_masked")
-    for key, value in zip(names, got, strict=True):
-        close(value, torch.tensor(z[key]))
-    raises(ValueError, "surprise", from_release, state | {"surprise": z["x"]}, 4)
-    del state["decoder_norm.bias"]
-    raises(ValueError, "decoder_norm.bias", from_release, state, 4)
-    z = np.load(REAL / "dynamicworld/reference_io.npz")
-    x = data.normalize_s2(z["s2_raw"])
-    m = model.DynamicWorld.from_release(REAL / "dynamicworld/forward")
-    close(x, z["normalized"])
-    logits = m(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    close(logits, torch.from_numpy(z["logits"]), atol=1e-4)
-    dates, scenes, clear = data.read_scenes(REAL / "sentinel2_slovenia")
-    assert np.array_equal(dates, np.sort(dates)) and clear.mean((1, 2)).tolist() == [1, 0, 0, 1, 1]
-    assert np.allclose(np.sort(scenes.sum((1, 2, 3))), np.sort(z["s2_raw"].sum((1, 2, 3))))
+def test_the_season_counts():
+    m, forcing, static, latlon, doy = small()
+    now = m.encode(forcing, static, latlon, doy)
+    for other in (doy + 90, None):
+        assert (m.encode(forcing, static, latlon, other) - now).abs().max() > 1e-3
+    close(m.encode(forcing, static, latlon, doy + 365.25), now, atol=1e-4)
 
 
-def test_synthetic_world_and_evaporation():
+def test_the_network_refuses_input_it_has_no_place_for():
+    m, forcing, static, *_ = small()
+    raises(ValueError, "2 dynamic.*tmin", m.encode, forcing[..., :2], static)
+    raises(ValueError, "3 static.*clay", m.encode, forcing, static[:, :3])
+    raises(ValueError, "5 sites.*of 2", m.encode, forcing, static[:2])
+    raises(ValueError, "400 days.*365", m.encode, torch.zeros(5, 400, 3), static)
+    raises(ValueError, "missing", m.encode, forcing * nan, static * nan)
+    assert m.encode(torch.zeros(5, 365, 3), static).shape == (5, 366, 16)
+
+
+# data.py
+
+def test_the_synthetic_world_is_the_same_for_the_same_seed():
     a, b, c = (vars(data.synthetic_world(seed, 80, 2)) for seed in (0, 0, 1))
     np.testing.assert_equal(a, b)
     assert not np.array_equal(a["latlon"], c["latlon"])
-    s, wet, slide = (data.load(target=t) for t in ("streamflow", "soil_moisture", "landslide"))
-    rain, flow = s.forcing[..., 0], s.target.mean(1)
+
+
+def test_the_synthetic_world_is_plausible():
+    s = data.load()
+    rain, flow, wet = s.forcing[..., 0], s.target.mean(1), s.extra["soil_moisture"]
     assert s.forcing.shape == (700, 2192, 6) and (flow < rain.mean(1)).all()
     for low, values, high in (
             (1.5, rain.mean(), 4), (0.2, (rain > 0).mean(), 0.45), (2, s.forcing[..., 3].mean(), 4),
-            (0.3, (flow / rain.mean(1)).mean(), 0.6), (0, s.target, np.inf), (0, wet.target, 0.5),
-            (0.001, wet.target.std(1), 1), (0.25, np.isnan(s.static).mean(), 0.4)):
+            (0.3, (flow / rain.mean(1)).mean(), 0.6), (0, s.target, np.inf), (0, wet, 0.5),
+            (0.001, wet.std(1), 1), (0.25, np.isnan(s.static).mean(), 0.4), (-56, s.latlon[:, 0], 71)):
         assert low <= np.min(values) and np.max(values) <= high
-    stable, steep = (slide.patches[slide.target == k, 1, 8, 8].mean() for k in (0, 1))
-    assert steep > stable + 3
-    # FAO-56 example 8: 3 September at 20 S; the equator at an equinox (37.7): Oudin, Hargreaves
+
+
+def test_radiation_and_evaporation_equal_published_values():
+    # FAO-56 example 8: 3 September at 20 S; the equator at an equinox has 37.7
     assert abs(data.extraterrestrial_radiation(-20.0, 246) - 32.2) < 0.1
-    for share, *t in ((25 / 100, 20.0), (0.0023 * 37.8 * 12 ** 0.5, 20.0, 26.0, 14.0)):
-        assert abs(data.potential_evaporation(0.0, 80, *t) - 37.7 / 2.45 * share) < 0.1
+    oudin, hargreaves = 25 / 100, 0.0023 * 37.8 * 12 ** 0.5
+    assert abs(data.potential_evaporation(0.0, 80, 20.0) - 37.7 / 2.45 * oudin) < 0.1
+    both = data.potential_evaporation(0.0, 80, 20.0, 26.0, 14.0)
+    assert abs(both - 37.7 / 2.45 * hargreaves) < 0.1
     assert data.potential_evaporation(0.0, 80, -30.0) == 0
+    assert data.potential_evaporation(0.0, 80, -30.0, -25.0, -35.0) == 0
 
 
 FILES = {  # of a small archive of each kind, with | between the lines
@@ -167,6 +219,8 @@ FILES = {  # of a small archive of each kind, with | between the lines
     "camels_topo.txt": "gauge_id;gauge_lat;gauge_lon;elev_mean|01013500;47.2;-68.6;251",
     "camels_geol.txt": "gauge_id;carbonate_rocks_frac;geol_porostiy|01013500;0.25;NA",
     "camels_hydro.txt": "gauge_id;q_mean|01013500;1.7",
+    "sites.csv": "id,lat,LON,clay,my_index|b1,50,8,20,1|b2,51,,30,NA",
+    "b1.csv": "date,Precipitation,tmax,tmin,streamflow|2000/01/01,1,8,2,0.5|2000/01/02,2,9,1,0.6",
     "net/s1/net_net_s1_sm_0.05_X.stm": "net net s1 45.0 9.0 120 .05 .05 X-1|2000/01/01 00:00 0.2 "
         "G M|2000/01/01 12:00 0.3 G M|2000/01/01 13:00 0.9 D01 M|2000/01/03 00:00 0.125 G M",
     "net/s1/net_net_s1_sm_0.20_X.stm": "net net s1 45.0 9.0 120 .2 .2 X-2|2000/01/01 00:00 0.4 G M",
@@ -188,132 +242,191 @@ def archives(old="", new="", only=""):
     return folder
 
 
-def test_archives_are_read_joined_and_cached():
-    folder, cache = archives(), mkdtemp()
-    both = f"caravan:{folder},camels:{folder}"
-    s = data.load(both, cache=cache)
-    with mock.patch.dict(data.READERS, caravan=None, camels=None):              # not parsed again
-        np.testing.assert_equal(vars(data.load(both, cache=cache)), vars(s))
-    path = folder / "timeseries/csv/us/us_1.csv"
-    path.write_text(path.read_text().replace("1.5", "2.5"))
-    assert np.nanmax(data.load(both, cache=cache).target[0]) == 2.5
+def test_caravan_and_camels_are_read_and_joined():
+    folder = archives()
+    s = data.load(f"caravan:{folder},camels:{folder}", cache=None)
     assert list(s.ids) == ["us_1", "us_2", "01013500"]
     assert np.array_equal(s.dates, np.arange("1980-01-01", "2000-01-05", dtype="M8[D]"))  # no gaps
+    assert s.static_names == ("elevation", "slope", "clay", "carbonate", "rock_porosity", "p_mean",
+                              "area")                       # not the flow's q_mean
+    assert s.dynamic_names == ("precipitation", "temperature", "tmax", "tmin", "pet", "shortwave",
+                               "humidity")
     pet = [data.potential_evaporation(*x, 5.0, 10.0, 0.0) for x in ((41, 2), (47.24, 1))]
     for got, expected in (
             (s.latlon, [[40.5, -75], [41, -74.5], [47.2, -68.6]]),              # 285.5 E is 74.5 W
-            # elevation, slope, clay, carbonate, rock_porosity, p_mean, area; not the flow's q_mean
             (s.static, [[nan, 5.5, 20, nan, nan, 3.5, 100], [*[nan] * 6, 200],
                         [251, nan, nan, 25, nan, nan, 86.4]]),
-            # precipitation, temperature, tmax, tmin, pet, shortwave, humidity
             (s.forcing[0, -4:, :3], [[0, 10, nan], [nan] * 3, [2, 11, nan], [4, nan, nan]]),
             (s.forcing[1, -3], [nan, 5, 10, 0, pet[0], nan, nan]),
             (s.forcing[2, 0], [3, 5, 10, 0, pet[1], 200 / 2, 100 / np.exp(17.27 * 5 / 242.3)]),
             (s.target[0, -4:], [1.5, nan, nan, 0.5]), (s.target[1], nan),
             (s.target[2, :2], [2.8316846592, nan])):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_camels_without_attribute_tables_knows_what_the_forcing_files_say():
+    folder = archives()
     for path in folder.glob("camels_*"):
         path.unlink()
-    bare = data.load(f"camels:{folder}", cache=None)        # what the forcing files know
-    assert bare.static_names == ("elevation", "area") and np.isnan(bare.latlon[0, 1])
+    s = data.load(f"camels:{folder}", cache=None)
+    assert s.static_names == ("elevation", "area") and np.allclose(s.static, [[250, 86.4]])
+    assert np.isclose(s.latlon[0, 0], 47.24) and np.isnan(s.latlon[0, 1])
 
 
-def test_archives_of_the_other_tasks():
+def test_basins_of_your_own_are_read():
+    s = data.load(f"csv:{archives()}", cache=None)
+    assert s.ids.tolist() == ["b1", "b2"] and s.static_names == ("clay", "my_index")
+    np.testing.assert_equal(s.latlon, [[50, 8], [51, nan]])
+    np.testing.assert_equal(s.static, [[20, 1], [30, nan]])
+    assert s.dynamic_names == ("precipitation", "temperature", "tmax", "tmin", "pet")
+    np.testing.assert_allclose(s.forcing[0, :, :4], [[1, 5, 8, 2], [2, 5, 9, 1]])
+    np.testing.assert_allclose(s.target, [[0.5, 0.6], [nan, nan]])              # b2 has no file
+    assert np.isnan(s.forcing[1]).all()
+
+
+def test_archives_are_parsed_once_until_a_file_changes():
+    folder, cache = archives(), mkdtemp()
+    spec = f"caravan:{folder},camels:{folder}"
+    s = data.load(spec, cache=cache)
+    with mock.patch.object(data, "assemble", None):         # not parsed again
+        again = data.load(spec, cache=cache)
+    np.testing.assert_equal(vars(again), vars(s))
+    np.testing.assert_equal(vars(data.load(spec, cache=None)), vars(s))
+    assert isinstance(again.forcing, np.memmap)             # stays on disk
+    path = folder / "timeseries/csv/us/us_1.csv"
+    path.write_text(path.read_text().replace("1.5", "2.5"))
+    assert np.nanmax(data.load(spec, cache=cache).target[0]) == 2.5
+    assert len(list(Path(cache).iterdir())) == 2            # nothing half-written is left
+
+
+def test_a_damaged_cache_says_what_to_delete():
+    spec, cache = f"camels:{archives()}", mkdtemp()
+    data.load(spec, cache=cache)
+    for path in Path(cache).rglob("forcing.npy"):
+        path.write_bytes(b"")
+    raises(ValueError, "is damaged, delete it", data.load, spec, cache=cache)
+
+
+def test_line_ends_blank_lines_and_byte_order_marks_change_nothing():
     folder = archives()
-    for kind, options, expected in (
-            ("ismn", dict(target="soil_moisture"), dict(    # s2 has no weather
-                ids=["net_s1"], static=[[120]], forcing=[[[3], [0], [nan]]],
-                target=[[0.25, nan, 0.125]])),
-            ("wosis", {}, dict(                             # 8 adds up to 30 %, 9 has no clay
-                ids=["7"], static=[[30, 20, 50]], latlon=[[10, 20]])),
-            ("caravan", dict(static_only=True), dict(
-                ids=["us_1", "us_2", "us_9"], forcing=[[[nan]]] * 3))):
-        s = vars(data.load(f"{kind}:{folder}", cache=None, **options))
-        np.testing.assert_equal({name: s[name] for name in expected}, expected)
-    s, path = data.load(f"caravan:{folder},camels:{folder}", cache=None), folder / "points.npz"
-    np.savez(path, lat=[40.5, 47.22, nan], lon=[-75, -68.6, 0], v=np.eye(3, 64, dtype="f4"))
-    vectors = data.join_vectors(s, path).vectors            # the last site is 2 km away
-    np.testing.assert_equal(vectors[:, :2], [[1, 0], [nan, nan], [0, 1]])
-    path, row = folder / "points.csv", "us_2" + 64 * ",0.5"
-    path.write_text("\n".join([",".join(["id", *(f"A{i:02d}" for i in range(64))]), row]))
-    np.testing.assert_equal(data.join_vectors(s, path).vectors[:, 0], [nan, 0.5, nan])
-    path.write_text(path.read_text() + "\n" + row)
-    raises(ValueError, "id .*us_2.* twice", data.join_vectors, s, path)
-    image, y = np.full((1, 20, 20), -51, np.int8), np.full((20, 20), 7.0)
-    y[0] = -9999
-    np.save(folder / "x.npy", image)
-    np.save(folder / "y.npy", y)
-    s = data.load(f"tiles:{folder}", "height", cache=None)
-    assert np.allclose(s.patches, -0.16) and (s.target == 7).sum() == 19 * 20   # -(51 / 127.5)^2
-    image[0, 5, 5] = -128                                   # AlphaEarth's mark of no data
-    np.save(folder / "x.npy", image)
-    raises(ValueError, "without data", data.load, f"tiles:{folder}", "height", cache=None)
+    spec = "caravan:{0},camels:{0},csv:{0}"
+    whole = vars(data.load(spec.format(folder), cache=None))
+    for old, new in ((r"\A", "\ufeff"), (r"\n", "\r\n"), (r"\Z", "\n\n")):
+        changed = vars(data.load(spec.format(archives(old, new)), cache=None))
+        np.testing.assert_equal(changed, whole)
 
 
-def test_changed_archives_load_or_say_why():
-    def load(*changes):
-        """All arrays of the changed archives, or what is wrong with them."""
-        folder = archives(*changes)
-        spec = ",".join(f"{kind}:{folder}" for kind in ("caravan", "camels", "ismn", "wosis"))
+def complaints(old, new):
+    """What is said of archives with one file changed at a time; those that load are finite."""
+    said = []
+    for name in FILES:
+        folder = archives(old, new, name)
         try:
-            sites = vars(data.load(spec, cache=None))
+            s = data.load("caravan:{0},camels:{0},csv:{0}".format(folder), cache=None)
+            assert not np.isinf(s.forcing).any() and not np.isinf(s.static).any()
         except (ValueError, FileNotFoundError) as error:
-            assert folder.name in str(error)
-            return str(error)
-        assert not np.isinf(sites["forcing"]).any() and not np.isinf(sites["static"]).any()
-        return sites
+            assert folder.name in str(error), error         # it names the file
+            said.append(str(error))
+    return "\n".join(said)
 
-    whole, number = load(), r"\d+\.\d+"
-    for change in ((r"\A", "\ufeff"), (r"\n", "\r\n"), (r"\Z", "\n\n")):       # BOM, CRLF, blanks
-        np.testing.assert_equal(load(*change), whole)
+
+def test_a_damaged_table_is_refused_with_file_and_line():
     for old, new, complaint in (
             (r"(?s).{9}\Z", "", "us_1.csv, line 4: 1 fields, expected"), (r"(?s).+", "", "no rows"),
             (r"(?s)\n.*", "", "no rows"), (r"(?s)(.+)", r"\1\n\1", "us_1.csv, line 5: "),
-            ("[,;\t]", "|", "no column"), (",", ',"', "csv: "), (r"\n", "\n1,", "line 2: 6 fields"),
-            ("us_2,C", "us_1,C", "_other_us.csv: site us_1 twice"), ("41,285", "95,0", "us_2.*95"),
-            ("2000-01-03", "2000-01-01", "us_1 has the same date twice"), ("-01", "-31", "-31'"),
-            ("2000-01-03", "today", "us_1.csv, line 3: date is 'today'"), ("86400000", "0", "area"),
-            (number, "1e39", "'1e39'"), (number, "-inf", "'-inf'"), (number, "a'b", "'a'b'"),
-            ("45.0 9.0", "45.0", "stm, line 1: 8 fields")):
-        said = [text for text in (load(old, new, name) for name in FILES) if isinstance(text, str)]
-        assert re.search(complaint, "\n".join(said)), (old, new, said)
+            ("[,;\t]", "|", "no column"), (",", ',"', "line 1: |fields|no column"),
+            (r"\n", "\n1,", "line 2: 6 fields"), ("snow", "date", "a column twice"),
+            ("us_2,C", "us_1,C", "_other_us.csv: site us_1 twice"),
+            ("dayl", "day", r"no column dayl\(s\)"), ("86400000", "0", "lines 1 to 3: .*basin area"),
+            ("47.24", "97.24", "lines 1 to 3: latitude")):
+        assert re.search(complaint, complaints(old, new)), (old, new, complaints(old, new))
+
+
+def test_a_bad_value_is_refused_with_file_and_line():
+    for old, new, complaint in (
+            ("41,285", "95,0", "us_2 has the latitude 95"), (",-75,", ",-775,", "longitude -775"),
+            ("2000-01-03", "2000-01-01", "us_1 has the same date twice"),
+            ("2000-01-03", "today", "us_1.csv, line 3: date is 'today'"),
+            ("-01-", "-31-", "'2000-31-01'"), ("1980 01 02", "1980 02 30", "line 6: date is"),
+            (r"\d+\.\d+", "1e39", "'1e39'"), (r"\d+\.\d+", "-inf", "'-inf'"),
+            (r"\d+\.\d+", "a'b", "us_1.csv, line 2: streamflow is 'a'b'")):
+        assert re.search(complaint, complaints(old, new)), (old, new, complaints(old, new))
+
+
+def test_a_site_that_two_files_hold_is_refused():
+    folder = archives()
+    spec = f"caravan:{folder},caravan:{folder}"
+    raises(ValueError, "have a site us_1", data.load, spec, cache=None)
+
+
+def test_unknown_sources_and_empty_folders_are_refused():
     raises(FileNotFoundError, "nowhere", data.load, "caravan:/nowhere")
     raises(ValueError, "pigeon.*caravan", data.load, "pigeon:/")
+    raises(ValueError, "no site found", data.load, f"caravan:{mkdtemp()}", cache=None)
 
 
 @needs_real_data
-def test_real_archives():
+def test_real_archives_agree_on_their_common_gauges():
     s = data.load(f"caravan:{REAL / 'caravan'},camels:{REAL / 'camels_us'}", cache=None)
     mean = dict(zip(s.dynamic_names, np.nanmean(s.forcing, (0, 1), float)))
     assert len(s.ids) == 482 + 77 and 2.5 < mean["precipitation"] < 4 and 1.5 < mean["pet"] < 3.5
-    # a gauge in both archives has the same flow, in mm/d and from ft3/s and area, and fold
     i, j = np.nonzero(s.ids[:, None] == np.char.add("camels_", s.ids))
     seen, fold = ~np.isnan(s.target[i] + s.target[j]), data.folds(s, "pub", 5)
-    flow, other = (s.target[k].mean(1, where=seen) for k in (i, j))
+    flow, other = s.target[i].mean(1, where=seen), s.target[j].mean(1, where=seen)
+    # in mm/d, and from ft3/s and area
     assert len(i) > 50 and abs(np.median(flow / other) - 1) < 0.02 and (fold[i] == fold[j]).all()
-    s = data.load(f"landslide:{REAL / 'landslide'}", "landslide", cache=None)
-    assert s.patches.shape == (347, 5, 17, 17) and abs(s.target.mean() - 0.5) < 0.02
-    # the centre of a patch is the raster cell that the csv's slope was taken from
-    slope = s.static[:, s.static_names.index("slope")]
-    assert np.corrcoef(s.patches[:, 0, 8, 8], slope)[0, 1] > 0.99
-    s = data.load(f"alphaearth:{REAL / 'alphaearth'}", cache=None)
-    s = data.join_vectors(s, REAL / "alphaearth/embeddings.npz")
-    assert np.allclose(np.linalg.norm(s.vectors, axis=1), 1, atol=0.2) and len(s.ids) == 1270
 
 
-def test_folds():
+@needs_real_data
+def test_real_basins_of_your_own_layout_are_read():
+    s = data.load(f"csv:{REAL / 'cookfarm'}", target="soil_moisture", cache=None)
+    assert len(s.ids) == 42 and {"precipitation", "tmax", "tmin", "pet"} < set(s.dynamic_names)
+    assert 0.1 < np.nanmean(s.target) < 0.5
+    s = data.load(f"csv:{REAL / 'eberg'}", cache=None)
+    assert len(s.ids) == 2776 and "clay" in s.static_names and s.forcing.shape[1:] == (365, 1)
+
+
+def test_pub_folds_are_of_a_site_whatever_other_sites_there_are():
     s = data.synthetic_world(0, 300, 1)
-    pub, pur = data.folds(s, "pub", 5), data.folds(s, "pur", 5)
-    assert set(pub) == set(pur) == set(range(5)) and np.bincount(pub).min() > 35
-    assert np.bincount(pur).min() > 20 and np.bincount(pur).max() < 100         # of similar size
+    pub = data.folds(s, "pub", 5)
+    assert set(pub) == set(range(5)) and np.bincount(pub).min() > 35
     assert not np.array_equal(data.folds(s, "pub", 5, seed=1), pub)
-    xyz = data.on_sphere(s.latlon)                          # near sites are of one region
+    s.ids = s.ids[::3]
+    assert np.array_equal(data.folds(s, "pub", 5), pub[::3])
+
+
+def test_pur_folds_are_contiguous_regions_of_similar_size():
+    s = data.synthetic_world(0, 300, 1)
+    pub, pur, xyz = data.folds(s, "pub", 5), data.folds(s, "pur", 5), data.on_sphere(s.latlon)
+    assert set(pur) == set(range(5)) and 20 < np.bincount(pur).min() <= np.bincount(pur).max() < 100
     near = np.argsort(-(xyz @ xyz.T), 1)[:, 1:4]
     assert (pur[near] == pur[:, None]).mean() > 0.9 and (pub[near] == pub[:, None]).mean() < 0.4
     raises(ValueError, "pub or pur", data.folds, s, "puf", 5)
-    s.ids = s.ids[::3]                                      # whatever other sites there are
-    assert np.array_equal(data.folds(s, "pub", 5), pub[::3])
+    s.latlon[3] = nan
+    raises(ValueError, "no coordinates.*synthetic_0003", data.folds, s, "pur", 5)
 
+
+def test_a_gauge_under_two_names_is_in_one_fold():
+    s = data.synthetic_world(0, 60, 1)
+    twice = data.replace(s, ids=np.concatenate([np.char.add("hysets_", s.ids), s.ids]),
+                         latlon=np.concatenate([s.latlon + 0.01, s.latlon]))
+    for kind in ("pub", "pur"):
+        fold = data.folds(twice, kind, 5)
+        assert np.array_equal(fold[:60], fold[60:]) and len(set(fold)) == 5
+
+
+def test_an_output_is_written_whole_or_not_at_all():
+    path = Path(mkdtemp(), "sub", "x.bin")
+    data.write_atomically(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"new")
+        raise OSError("no space left")
+    raises(OSError, "cannot write .*what was there is kept: no space", data.write_atomically, path, fail)
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+
+
+# train.py
 
 def run(options, out, launcher="", stop=None, code=0):
     """What train.py prints, and its checkpoint; SIGTERM once it has printed `stop`."""
@@ -328,7 +441,7 @@ def run(options, out, launcher="", stop=None, code=0):
     return text, torch.load(Path(out, "pretrained.pt"), weights_only=True)
 
 
-def test_two_processes_equal_one():
+def test_two_processes_have_the_gradients_of_one():
     options, gradients = "--quick --steps 1 --config dropout=0 --dtype float32", []
     for launcher in ("", "-m torch.distributed.run --nproc_per_node=2"):
         text, saved = run(options, mkdtemp(), launcher)
@@ -338,36 +451,290 @@ def test_two_processes_equal_one():
         assert (one - two).abs().max() < 1e-5 + 1e-4 * one.abs().max()
 
 
-def test_checkpoint_resume_holdout_and_refusal():
-    options, out = "--quick --steps 8 --holdout pub --folds 3 --fold 1", mkdtemp()
-    path, load = Path(out, "pretrained.pt"), train.load_checkpoint
-    raises(FileNotFoundError, "pretrained.pt: run python train.py", load, path)
-    text, saved = run(options, mkdtemp())
-    assert saved["step"] == 8 and "fold 1 of 3" in text and "static soil" in text
-    stopped, _ = run(options + " --save-every 3", out, stop="step 1/")
+QUICK = "--quick --steps 8 --holdout pub --folds 3 --fold 1"
+
+
+def test_a_stopped_run_resumes_bit_for_bit():
+    out = mkdtemp()
+    text, whole = run(QUICK, mkdtemp())
+    stopped, part = run(QUICK + " --save-every 3", out, stop="step 1/")
     resumed, same = run("--resume", out)
-    assert "continue with --resume" in stopped and "resuming at step" in resumed
-    close(same["model"], saved["model"], atol=0)
-    sites, ids = data.load(quick=True), saved["ids"]
-    held, seen = data.folds(sites, "pub", 3) == 1, np.isin(sites.ids, ids)
-    validation = data.folds(sites, "pub", 10, seed=1) == 0
-    assert np.array_equal(seen, ~held & ~validation)
+    assert "continue with --resume" in stopped and part["step"] < 8 == same["step"]
+    assert f"from step {part['step']}" in resumed and "static soil" in text
+    close(same["model"], whole["model"], atol=0)
+    raises(AssertionError, "other training sites", run, "--resume --fold 2", out)
+
+
+def checkpoint():
+    """The path of a checkpoint after few steps, made once, and what it holds."""
+    if not hasattr(checkpoint, "path"):
+        out = mkdtemp()
+        _, checkpoint.saved = run(QUICK.replace("pub --folds 3 --fold 1", "pub"), out)
+        checkpoint.path = Path(out, "pretrained.pt")
+    return checkpoint.path, checkpoint.saved
+
+
+def test_a_checkpoint_knows_its_training_sites_and_is_scaled_by_them_alone():
+    _, saved = checkpoint()
+    sites = data.load(quick=True)
+    held, validation = data.folds(sites, "pub", 5) == 0, data.folds(sites, "pub", 10, seed=1) == 0
+    seen = np.isin(sites.ids, saved["ids"])
+    assert np.array_equal(seen, ~held & ~validation) and saved["step"] == 8
     close(saved["latlon"], torch.tensor(sites.latlon[seen]))
-    close(saved["scaling"]["static"], train.fit_scaling(sites.static[seen]))
-    assert "other training sites" in run("--resume --fold 2", out, code=1)[0]
-    whole = path.read_bytes()
+    close(saved["scaling"]["static"], train.fit_standardisation(sites.static[seen]))
+    close(saved["scaling"]["forcing"], train.fit_standardisation(sites.forcing[seen]))
+
+
+def test_a_diverging_run_keeps_the_last_good_checkpoint():
+    out = mkdtemp()
+    run(QUICK, out)
+    whole = Path(out, "pretrained.pt").read_bytes()
     text, _ = run("--resume --steps 15 --save-every 99 --lr 1e30", out, code=1)
-    assert "FloatingPointError: loss" in text and path.read_bytes() == whole
-    at = whole.index(same["model"]["position"].numpy().tobytes())               # one weight changed
+    assert "FloatingPointError: loss" in text and Path(out, "pretrained.pt").read_bytes() == whole
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason():
+    path, saved = checkpoint()
+    whole, other = path.read_bytes(), Path(mkdtemp(), "other.pt")
+    at = whole.index(saved["model"]["position"].numpy().tobytes())
     for content, reason in (
             (whole[:len(whole) // 2], "not a zip"), (b"text", "not a zip"), (b"", "not a zip"),
-            (whole[:at] + b"1234" + whole[at + 4:], "damaged"), ({"a": 1}, "KeyError.*version"),
-            (saved | {"version": train.VERSION + 1}, "version 2 is too new"),
-            ({k: x for k, x in saved.items() if k != "ids"}, "it lacks ids"),
+            (whole[:at] + b"1234" + whole[at + 4:], "damaged")):                # one weight changed
+        other.write_bytes(content)
+        raises(ValueError, "other.pt cannot be read: .*" + reason, train.load_checkpoint, other)
+    for content, reason in (
+            ({"a": 1}, "KeyError.*version"), (saved | {"version": train.VERSION + 1}, "version 3"),
+            ({key: x for key, x in saved.items() if key != "ids"}, "it lacks ids"),
             (saved | {"x": os.system}, "could be code"), (saved | {"config": {}}, "RuntimeError")):
-        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        raises(ValueError, "pretrained.pt is no checkpoint .*" + reason, load, path)
+        torch.save(content, other)
+        raises(ValueError, "other.pt cannot be read: .*" + reason, train.load_checkpoint, other)
+    raises(FileNotFoundError, "run python train.py", train.load_checkpoint, "nowhere.pt")
 
+
+def test_options_are_explained_and_grouped():
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        train.main(["--help"])
+    for text in ("--seq-len", "days in a window [365]", "hold-out:", "training:", "caravan:DIR"):
+        assert text in out.getvalue()
+    raises(ValueError, "huge.*small, paper", train.main, ["--preset", "huge"])
+
+
+def test_standardisation():
+    rng = np.random.default_rng(0)
+    x = np.full((5000, 4), nan)
+    x[:, 0], x[:, 1], x[:, 3] = rng.gamma(0.3, 5, 5000), rng.normal(3, 2, 5000), 7
+    scaling = train.fit_standardisation(x)
+    y = train.apply_standardisation(x, scaling)
+    assert scaling[0].tolist() == [1, 0, 0, 0]              # only the first is skewed
+    assert np.allclose(y.mean(0), [0, 0, nan, 0], atol=1e-5, equal_nan=True)
+    assert np.allclose(y.std(0), [1, 1, nan, 0], atol=1e-4, equal_nan=True)
+    x[:, 0] -= 1                                            # now it has negative values
+    assert train.fit_standardisation(x)[0].tolist() == [0, 0, 0, 0]
+
+
+def test_ridge_and_r_squared():
+    rng = np.random.default_rng(0)
+    x, noise = rng.normal(3, 1, (200, 5)), rng.normal(size=200)
+    y = x @ [1, -2, 0, 0, 3] + 1 + 0.1 * noise
+    y[:5], x[5:9, 2] = nan, nan
+    guess, useless = (train.ridge(x[:150], z[:150], x[150:]) for z in (y, noise))
+    assert np.abs(useless - noise[:150].mean()).max() < 0.5
+    truth, guess, everywhere = torch.tensor(y[150:, None]), torch.tensor(guess)[:, None], torch.tensor
+    everywhere = torch.ones(50, 1).bool()
+    assert train.r_squared(truth, guess, everywhere) > 0.99
+    assert abs(train.r_squared(truth, 0 * guess + truth.mean(), everywhere)) < 1e-9
+    half = torch.arange(50)[:, None] < 25                   # elsewhere anything may stand
+    wrong = torch.where(half, guess, 1e6)
+    assert train.r_squared(truth, wrong, half) > 0.99
+    assert np.isnan(train.r_squared(truth * nan, guess, everywhere))
+
+
+def test_learning_rate_warms_up_and_falls():
+    rates = [train.learning_rate(step / 1000) for step in range(1000)]
+    assert rates[0] < 0.01 and np.isclose(rates[25], 0.5, atol=0.01)
+    assert max(rates) == rates[50] == 1 and np.isclose(rates[-1], 0.02, atol=1e-3)
+    assert np.isclose(rates[525], 0.51, atol=0.01) and np.all(np.diff(rates[50:]) < 0)
+
+
+def test_windows_serve_the_days_of_their_sites():
+    s = data.synthetic_world(0, 8, 3)
+    s.forcing[2, :300] = nan
+    s.forcing[2, 900:] = nan
+    s.forcing[3] = nan
+    identity = {"forcing": torch.tensor([[0.0] * 6, [0.0] * 6, [1.0] * 6]).double(),
+                "static": torch.tensor([[0.0] * 19, [0.0] * 19, [1.0] * 19]).double()}
+    w = train.Windows(s, identity, 365, s.dynamic_names, s.static_names)
+    site, rng = np.repeat([2, 3, 4], 300), np.random.default_rng(0)
+    starts = w.starts(site, rng).reshape(3, 300)
+    assert starts[0].min() == 300 and starts[0].max() == 900 - 365              # within the record
+    assert not starts[1].any() and starts[2].min() < 20 and starts[2].max() > 1096 - 365 - 20
+    forcing, static, latlon, day = w.get(np.array([4, 0]), np.array([100, 731]))
+    np.testing.assert_allclose(forcing[1], s.forcing[0, 731:1096], rtol=1e-6)
+    np.testing.assert_allclose(static, s.static[[4, 0]], rtol=1e-6)
+    assert np.array_equal(latlon, s.latlon[[4, 0]])
+    assert day[0, 0] == 101 and day[1, 0] == 1 and day[0, 265] == 1
+    raises(ValueError, "1096 days of data, windows of 2000", train.Windows, s, identity, 2000,
+           s.dynamic_names, s.static_names)
+
+
+def test_variables_are_arranged_by_name_and_lacking_ones_missing():
+    x = np.arange(6.0).reshape(2, 3)
+    np.testing.assert_equal(train.arrange(x, ("a", "b", "c"), ("c", "z", "a")),
+                            [[2, nan, 0], [5, nan, 3]])
+    assert train.arrange(x, ("a", "b", "c"), ("a", "b", "c")) is x
+
+
+def test_windows_cover_the_days_asked_for_and_periods_name_them():
+    dates = np.arange("1995-01-01", "1998-01-01", dtype="M8[D]")
+    named = train.day_slice("1995-12-31/1997-12-30", dates, None)
+    assert dates[named][0] == np.datetime64("1995-12-31") and named.stop == len(dates) - 1
+    assert train.day_slice("", dates, (0.5, 1)) == slice(548, 1096)
+    raises(ValueError, "not within", train.day_slice, "1994-01-01/1996-01-01", dates, None)
+    for days in (slice(0, 700), slice(400, 1096), named):
+        covered = np.zeros(len(dates), bool)
+        for start in train.cover_with_windows(days, 365, 120):
+            assert 0 <= start <= len(dates) - 365
+            covered[start + (120 if start else 0):start + 365] = True
+        assert covered[days].all()
+
+
+# finetune.py
+
+def tune(options, out):
+    """Run finetune.py; its files and when they were written."""
+    finetune.main(f"--quick --out {out} {options}".split())
+    return {path: path.stat().st_mtime_ns for path in Path(out, "runs").iterdir()}
+
+
+def out_with_encoder():
+    out = mkdtemp()
+    Path(out, "pretrained.pt").write_bytes(checkpoint()[0].read_bytes())
+    return out
+
+
+def quick_run(variant, change=lambda sites: sites, fold=0, **options):
+    """What the file of one short run holds; the data are changed before."""
+    sites = change(data.load(quick=True))
+    o = finetune.Options(**dict(out=str(checkpoint()[0].parent), steps=4, batch_size=8) | options)
+    return finetune.run(o, variant, sites, data.folds(sites, "pub", 5), fold, 0)[1]
+
+
+def test_every_variant_predicts_flow_at_the_held_out_sites():
+    out, sites = out_with_encoder(), data.load(quick=True)
+    tune("--model resconn,lstm,noresconn,linear,scratch,direct", out)
+    (setting, models), = evaluate.load_runs(out).items()
+    assert setting == "streamflow synthetic pub5" and len(models) == 6
+    test = data.folds(sites, "pub", 5) == 0
+    for name, (result,) in models.items():
+        assert np.array_equal(result["ids"], sites.ids[test]) and result["overlap"] == 0, name
+        assert np.array_equal(result["obs"], sites.target[test, -len(result["dates"]):]), name
+        assert np.isfinite(result["sim"]).all() and (result["sim"] >= 0).all(), name
+
+
+def test_a_run_with_the_same_settings_is_not_repeated():
+    out = mkdtemp()
+    written = tune("--model lstm", out)
+    assert tune("--model lstm", out) == written != tune("--model lstm --steps 9", out)
+
+
+def test_a_saved_model_predicts_what_its_run_predicted():
+    out, sites = out_with_encoder(), data.load(quick=True)
+    for variant in ("resconn", "lstm"):
+        tune("--model " + variant, out)
+        path = Path(out, "runs", f"streamflow synthetic pub5, {variant}, fold 0, seed 0.npz")
+        test, predictor = data.folds(sites, "pub", 5) == 0, finetune.load(path.with_suffix(".pt"))
+        days = train.day_slice("", sites.dates, (0.6, 1))
+        again = finetune.Samples(predictor, sites, np.flatnonzero(test), days).predict()
+        assert np.array_equal(again, np.load(path)["sim"])
+        assert np.isfinite(predictor.predict(sites)).all()  # every day of every site
+        path.with_suffix(".pt").write_bytes(path.with_suffix(".pt").read_bytes()[:999])
+        raises(ValueError, "cannot be read", finetune.load, path.with_suffix(".pt"))
+
+
+def test_no_observation_of_a_test_site_reaches_a_model():
+    def forge(sites):
+        test = data.folds(sites, "pub", 5) == 0
+        return data.replace(sites, target=np.where(test[:, None], 7 * sites.target, sites.target))
+    for variant in ("resconn", "lstm"):
+        assert np.array_equal(quick_run(variant)["sim"], quick_run(variant, forge)["sim"])
+
+
+def test_attributes_of_test_sites_can_be_hidden():
+    seen, blind = quick_run("lstm")["sim"], quick_run("lstm", missing=1.0)["sim"]
+    assert not np.array_equal(seen, blind)
+
+
+def test_a_checkpoint_that_has_seen_test_sites_is_refused():
+    def rename(sites):                                      # the same gauges in another archive
+        return data.replace(sites, ids=np.char.add("camels_", sites.ids))
+    raises(ValueError, "has seen .* of the .* test sites; pretrain with --holdout pub",
+           quick_run, "resconn", rename, 1)
+    assert quick_run("resconn", rename, 1, allow_overlap=True)["overlap"] > 0
+
+
+def test_unknown_names_are_refused():
+    raises(ValueError, "'elastic': expected one of resconn", tune, "--model elastic", mkdtemp())
+    raises(ValueError, "'tea': expected one of streamflow", tune, "--task tea", mkdtemp())
+    raises(ValueError, "windows of 365 days, of which --warmup 400", quick_run, "lstm", warmup=400)
+
+
+def test_sites_are_chosen_by_fold_label_and_basin_list():
+    sites = data.load(quick=True)
+    fold_of, rng = data.folds(sites, "pub", 5), np.random.default_rng
+    everyone = finetune.choose_sites(finetune.Options(), sites, fold_of, 1, rng(0))
+    training, validation, test = everyone
+    assert np.array_equal(np.sort(np.concatenate(everyone)), np.arange(60))
+    assert (fold_of[test] == 1).all() and len(validation) == (60 - len(test)) // 7
+    some = finetune.choose_sites(finetune.Options(labelled=14), sites, fold_of, 1, rng(0))
+    assert [len(part) for part in some] == [12, 2, len(test)]
+    path = Path(mkdtemp(), "list.txt")
+    path.write_text("\n".join(sites.ids[::2]))
+    half = finetune.choose_sites(finetune.Options(basins=str(path)), sites, fold_of, 1, rng(0))
+    assert np.array_equal(np.sort(np.concatenate(half)), np.arange(0, 60, 2))
+    sites.target[test] = nan
+    raises(ValueError, "fold 1: 0 test", finetune.choose_sites, finetune.Options(), sites, fold_of,
+           1, rng(0))
+
+
+def test_what_is_learned_can_be_undone():
+    task, y = finetune.TASKS["streamflow"], np.array([[0, 0.3, 9]])
+    close(task.inverse(task.transform(y, None), None), y)
+    assert task.inverse(np.array([-3.0]), None) == 0        # no negative flow
+
+
+def samples(warmup=300):
+    """Windows of a few sites, with an encoder of random weights."""
+    sites = data.synthetic_world(0, 20, 3)
+    torch.manual_seed(0)
+    config = model.Config(sites.dynamic_names, sites.static_names, d_model=16)
+    scaling = {key: train.fit_standardisation(getattr(sites, key)) for key in ("forcing", "static")}
+    predictor = finetune.Predictor(dict(
+        task="streamflow", variant="resconn", width=16, dropout=0.0, length=365, warmup=warmup,
+        config=vars(config), encoder_scaling=scaling, scaling=scaling, shapes={}, centre=1.0,
+        spread=2.0, forcing_names=sites.dynamic_names, static_names=sites.static_names))
+    return finetune.Samples(predictor, sites, np.array([3, 7]), slice(0, 1096))
+
+
+def test_cached_embeddings_equal_the_encoders():
+    s = samples()
+    windows = s.encoder_windows.get(s.site[7:8], s.start[7:8])
+    close(s.encoded[7].float(), s.model.encoder.encode(*windows)[0], atol=1e-2)
+    assert s.encoded.shape == (len(s.site), 366, 16)
+
+
+def test_predictions_are_put_together_from_windows_after_their_warm_up():
+    s = samples()
+    result, spread = s.predict(), s.model.settings["spread"]
+    for k in (0, 1, 4):                                     # windows of the first site
+        days = slice(s.start[k] + (300 if k else 0), s.start[k] + 365)
+        with torch.no_grad():
+            out = s.outputs([k])[0].numpy()[days.start - s.start[k]:] * spread + 1.0
+        close(result[0, days], np.maximum(out, 0) ** 2)
+    assert result.shape == (2, 1096) and np.isfinite(result).all()
+
+
+# eval.py
 
 def test_metrics_equal_their_formulas():
     rng = np.random.default_rng(0)
@@ -382,129 +749,82 @@ def test_metrics_equal_their_formulas():
         nse=1 - (error ** 2).mean() / o.var(), mae=abs(error).mean(), flv=100 * (1 - low_s / low_o),
         pbias=100 * error.sum() / o.sum(), fhv=100 * (high_s / high_o - 1),
         fdc_rmse=np.sqrt(((curve_s - curve_o) ** 2).mean())))
-    constant = evaluate.site_metrics(np.full(9, 2.0), s[:9])
+
+
+def test_undefined_metrics_are_missing():
+    constant = evaluate.site_metrics(np.full(9, 2.0), np.arange(9.0))
     assert np.isnan(constant["nse"]) and np.isnan(constant["corr"]) and constant["rmse"] > 0
     assert all(np.isnan(v) for v in evaluate.site_metrics([nan, 1], [1, nan]).values())
+    assert np.isnan(evaluate.class_metrics([1, 1], [0.2, 0.9])["auc"])
+
+
+def test_class_metrics_equal_their_definitions():
+    rng = np.random.default_rng(0)
     label, score = rng.random(200) < 0.4, rng.integers(0, 5, 200) / 4
     guess, pairs = score >= 0.5, score[label][:, None] - score[~label]
     precision, recall = label[guess].mean(), guess[label].mean()
     close(evaluate.class_metrics(label, score), dict(
         accuracy=(label == guess).mean(), precision=precision, recall=recall,
         f1=2 / (1 / precision + 1 / recall), auc=(0.5 + np.sign(pairs) / 2).mean()))
-    assert np.isnan(evaluate.class_metrics([1, 1], [0.2, 0.9])["auc"])
-    close(evaluate.skill(np.array([[0], [1], [1], [1]]), np.array([[0], [0], [1], [1]])), {
-        "balanced": (1 + 2 / 3) / 2, "accuracy": 3 / 4, "f1 0": 2 / 3, "f1 1": 4 / 5})
-    assert np.isclose(evaluate.sign_test(np.array([1] * 9 + [-1])), 2 * 11 / 1024)
-    months = evaluate.monthly(
-        np.array([[[8, 8]], [[8, 1]], [[1, 4]]]), np.array([[[1, 1]], [[0, 1]], [[1, 1]]], bool),
-        np.array(["2020-01-05", "2020-01-25", "2020-06-01"], "M8[D]"))
-    shares = {month: {k: x for k, x in enumerate(row) if x} for month, row in months.items()}
-    close(shares, {"2020-01": {1: 1 / 3, 8: 2 / 3, 9: 3 / 4}, "2020-06": {1: 0.5, 4: 0.5, 9: 1.0},
-                   "all": {1: 5 / 12, 4: 0.25, 8: 1 / 3, 9: 7 / 8}})
 
 
-def test_image_tasks_learn_and_hold_out_blocks():
-    image = np.arange(2.0 * 30 * 50).reshape(2, 30, 50)
-    blocks = [known for _, _, known, _ in data.blocks("x", image, y=image[0])]
-    pixels = np.concatenate([known["y"].ravel() for known in blocks])
-    assert sorted(pixels[~np.isnan(pixels)]) == [*range(30 * 50)]               # each in one block
-    assert np.array_equal(blocks[4]["patch"][:, 10:20, 10:30], image[:, 20:30, 20:40])
-    truth, patch = torch.full((3, 40, 40), nan), torch.arange(3.0 * 40 * 40).view(3, 1, 40, 40)
-    truth[:, 10:30, 10:30] = patch[:, 0, 10:30, 10:30]
-    for seed in range(9):                                   # turned together, less their edges
-        out, seen = finetune.crop(truth.flatten(1), patch, 2, np.random.default_rng(seed))
-        known = ~out.isnan()
-        assert (known.sum(1) == 16 * 16).all() and torch.equal(out[known], seen.flatten(1)[known])
-    o, sites = finetune.Options(task="height", steps=30, batch_size=8), data.load(target="height")
-    fold = data.folds(sites, "pub", 5)
-    first = finetune.run(o, "unet", sites, fold, 0, 0)
-    assert evaluate.skill(first["obs"], first["sim"])["R2"] > 0.5
-    sites.target[fold == 0] += 999                          # unseen: nothing changes but the truth
-    assert np.array_equal(first["sim"], finetune.run(o, "unet", sites, fold, 0, 0)["sim"])
-
-
-def test_finetuning_at_held_out_sites():
-    out, sites = mkdtemp(), data.load(quick=True)
-    fold = data.folds(sites, "pub", 5)
-    test = fold == 0
-
-    def tune(options):
-        finetune.main(f"--quick --out {out} {options}".split())
-        return {path: path.stat().st_mtime_ns for path in Path(out, "runs").iterdir()}
-
-    run("--quick --steps 3", out)
-    written = tune("--model resconn,lstm,noresconn,linear,scratch,direct")
-    assert tune("--model lstm") == written                  # the same settings: not once more
-    assert tune("--model lstm --steps 9") != written
-    for task, y in (("streamflow", [0, 0.3, 9]), ("soil_moisture", [0.2]), ("height", [-3, 4000])):
-        _, forth, back, *_ = finetune.TASKS[task]
-        close(back(forth(np.array(y))), np.array(y))
-    for task in ("soil_moisture", "soil", "landslide"):     # of a value per site: also its R2, AUC
-        tune(f"--task {task} --model {finetune.TASKS[task][-1]},alphaearth-resconn")
-    evaluate.main(["--out", out])
-    runs = evaluate.load_runs(out)
-    for name, (result,) in runs["streamflow synthetic pub5"].items():
-        assert np.array_equal(result["ids"], sites.ids[test]) and result["overlap"] == 0, name
-        assert np.array_equal(result["obs"], sites.target[test, -len(result["dates"]):]), name
-        assert np.isfinite(result["sim"]).all() and (result["sim"] >= 0).all(), name
-    (result,) = runs["landslide synthetic pub5"]["cnn"]
-    assert 0 < result["sim"].min() and result["sim"].max() < 1                  # probabilities
-    (result,), clay = runs["soil synthetic pub5, target clay"]["glm"], sites.static[test, 3]
-    assert np.array_equal(result["obs"][:, 0], clay[~np.isnan(clay)])
-    blind = finetune.predict_attribute(sites, "forest")     # nor may a fraction give another away
-    hidden = np.isin(sites.static_names, ("clay", "silt", "sand", "forest"))
-    assert np.array_equal(np.isnan(blind.static).all(0), hidden)
-    # no observation of a test site reaches a model, and its attributes do
-    o = finetune.Options(out=out, steps=4, batch_size=8)
-    first = finetune.run(o, "resconn", sites, fold, 0, 0)["sim"]
-    sites.target[test] *= 7
-    assert np.array_equal(first, finetune.run(o, "resconn", sites, fold, 0, 0)["sim"])
-    o.missing = 1.0
-    assert not np.array_equal(first, finetune.run(o, "resconn", sites, fold, 0, 0)["sim"])
-    sites.ids = np.char.add("camels_", sites.ids)           # the same gauges in another archive
-    raises(ValueError, "seen .* test sites", finetune.run, o, "resconn", sites, fold, 1, 0)
-    raises(ValueError, "'elastic': expected", tune, "--adapter elastic")
-
-
-def test_scaling_and_ridge_yardstick():
+def test_scores_of_series_are_medians_over_sites():
     rng = np.random.default_rng(0)
-    x = np.full((5000, 4), nan)
-    x[:, 0], x[:, 1], x[:, 3] = rng.gamma(0.3, 5, 5000), rng.normal(3, 2, 5000), 7
-    scaling = train.fit_scaling(x)
-    y = train.scale(x, scaling)
-    assert scaling[0].tolist() == [1, 0, 0, 0]              # only the first is skewed
-    assert np.allclose(y.mean(0), [0, 0, nan, 0], atol=1e-5, equal_nan=True)
-    assert np.allclose(y.std(0), [1, 1, nan, 0], atol=1e-4, equal_nan=True)
-    x, noise = rng.normal(size=(200, 5)), rng.normal(size=200)
-    y = x @ [1, -2, 0, 0, 3] + 1 + 0.1 * noise
-    guess, useless = (train.ridge(x[:150], z[:150], x[150:]) for z in (y, noise))
-    assert np.abs(useless - noise[:150].mean()).max() < 0.5
-    truth, guess = (torch.tensor(z)[:, None] for z in (y[150:], guess))
-    assert train.r_squared(truth, guess, torch.ones(50, 1)) > 0.995
-    assert abs(train.r_squared(truth, 0 * guess + truth.mean(), torch.ones(50, 1))) < 1e-9
+    obs = rng.gamma(1, 2, (9, 200))
+    sim = obs + rng.normal(0, np.linspace(0.1, 4, 9)[:, None], obs.shape)
+    nse = np.array([evaluate.site_metrics(o, s)["nse"] for o, s in zip(obs, sim)])
+    scores = evaluate.series_scores(obs, sim)
+    assert scores["nse"] == np.median(nse) and scores["below 0"] == (nse < 0).mean() > 0
+    assert np.isclose(scores["clipped"], nse.clip(-1, 1).mean()) and next(iter(scores)) == "clipped"
 
 
-def test_windows_adapters_and_encoder_cache():
-    sites = data.synthetic_world(0, 20, 3)
-    days = train.day_slice("1995-12-31/1997-12-30", sites.dates, None)
-    assert sites.dates[days][0] == np.datetime64("1995-12-31") and days.stop == len(sites.dates) - 1
-    raises(ValueError, "not within", train.day_slice, "1994-01-01/1996-01-01", sites.dates, None)
-    for days in (slice(0, 700), slice(400, 1096), days):
-        covered = np.zeros(len(sites.dates), bool)
-        for start in train.tile(np.array([0]), days, 365, 120)[1]:
-            covered[start + 120 * (start > 0):start + 365] = True
-        assert covered[days].all()
-    for layer in (adapter(16) for adapter in finetune.ADAPTERS.values()):
-        assert layer is None or layer(torch.randn(2, 5, 16)).shape == (2, 5, 16)
-    torch.manual_seed(0)
-    m = model.StefaLand(model.Config(sites.dynamic_names, sites.static_names, d_model=16)).eval()
-    scaling = {k: train.fit_scaling(getattr(sites, k)) for k in ("forcing", "static")}
-    windows, o = train.Windows(sites, scaling, 365), finetune.Options(out=mkdtemp())
-    site, start = (x[:65] for x in train.tile(np.arange(20), slice(0, 1096), 365, 300))
-    memory = finetune.encode_windows(m, windows, site, start, True, o)
-    o.cache_gb = 0.0
-    assert torch.equal(memory, finetune.encode_windows(m, windows, site, start, True, o))
-    close(memory[7].float(), m.encode(*windows.get(site[7:8], start[7:8]))[0], atol=1e-2)
+def test_scores_of_values_are_over_all_sites():
+    obs, sim = np.array([[0.0], [1], [2], [5]]), np.array([[1.0], [2], [3], [5]])
+    close(evaluate.value_scores(obs, sim), {
+        "R2": 1 - 3 / 14, "rmse": 0.75 ** 0.5, "median difference": 1.0, "nmad": 0.0})
+
+
+def test_sign_test_is_exact():
+    assert np.isclose(evaluate.sign_test(np.array([1] * 9 + [-1])), 2 * 11 / 1024)
+    assert np.isclose(evaluate.sign_test(np.array([1, -1, 0])), 1) and evaluate.sign_test(
+        np.ones(2000)) < 1e-300
+    assert np.isnan(evaluate.sign_test(np.zeros(3)))
+
+
+def table_of(scoring, runs):
+    """What eval.table prints of runs (model, fold, seed, obs, sim)."""
+    settings = {"a setting": {}}
+    for name, fold, seed, obs, sim in runs:
+        run = dict(ids=np.arange(len(obs)) + 10 * fold, obs=obs, sim=sim, fold=fold, seed=seed,
+                   overlap=0, baseline="lstm", scoring=scoring)
+        settings["a setting"].setdefault(name, []).append(run)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        evaluate.table(settings)
+    return out.getvalue()
+
+
+def test_the_table_scores_all_test_sites_at_once_and_gains_by_site():
+    far, near = np.array([[0.0], [1]]), np.array([[10.0], [11]])
+    text = table_of("value", [(name, fold, 0, obs, obs + error) for name, error in
+                              (("resconn", 0.5), ("lstm", 1.0)) for fold, obs in enumerate((far, near))])
+    # within a fold R2 is 0 and -3, over both it is 1 - 4 * error^2 / 101
+    assert re.search(r"resconn +4 sites, 2 folds, 1 seeds  R2 0.990 ± 0.000", text), text
+    assert "gain over lstm +0.500, p 1.2e-01" in text and text.count("gain") == 1
+
+
+def test_the_table_does_not_rank_probabilities_of_different_folds():
+    label, sure, unsure = np.array([[0.0], [1]]), np.array([[0.8], [0.9]]), np.array([[0.1], [0.2]])
+    text = table_of("class", [("cnn", 0, 0, label, sure), ("cnn", 1, 0, label, unsure)])
+    assert "auc 1.000 ± 0.000" in text
+
+
+def test_the_table_says_which_runs_have_seen_test_sites():
+    out = out_with_encoder()
+    raises(FileNotFoundError, "start with python finetune.py", evaluate.main, ["--out", out])
+    tune("--fold 1 --allow-overlap --model resconn", out)
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        evaluate.main(["--out", out])
+    assert "(has seen test sites)" in text.getvalue() and "±" not in text.getvalue()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""Clay, silt and sand of the topsoil (%) at places that were never sampled.
+
+    python train.py && python -m applications.soil                          the synthetic world
+    python -m applications.soil --task sand --data wosis:DIR,csv:DIR --holdout pur --fold all
+    python -m applications.soil train --data gauges:DIR --seq-len 1 --steps 6000 --batch-size 64
+
+wosis:DIR is a WoSIS snapshot (doi 10.5194/essd-12-299-2020), gauges:DIR the attribute tables of
+Caravan alone: also of gauges that have no series. The third command pretrains on those; an encoder
+of single days suits sites without weather. csv:DIR may be nothing but a sites.csv.
+"""
+
+from functools import partial
+
+import numpy as np
+
+import data
+import finetune
+from applications import common
+
+TEXTURE = ("clay", "silt", "sand")
+DERIVED = ("soil_porosity", "water_capacity")               # by CAMELS-US, from clay and sand
+
+
+def read_wosis(folder):
+    """Profiles with their texture of 0 to 30 cm, the mean of its layers weighted by thickness.
+
+    Left out: those without texture there, or whose clay, silt and sand do not add up to 100 ± 5 %.
+    """
+    columns = [f"{part}_value_avg" for part in TEXTURE]
+    layers = data.Table(common.one_file(folder, "*_physical.tsv"),
+                        ["profile_id", "upper_depth", "lower_depth", *columns], "\t")
+    top, bottom = layers.numbers("upper_depth"), layers.numbers("lower_depth")
+    thickness = np.maximum(np.minimum(bottom, 30) - np.maximum(top, 0), 0)      # (layers,) cm
+    texture = np.stack([layers.numbers(column) for column in columns])          # (3, layers)
+    thickness[np.isnan(texture).any(0)] = 0
+    profiles, member = np.unique(layers.columns["profile_id"], return_inverse=True)
+    total = np.maximum(np.bincount(member, thickness), 1e-9)                    # (profiles,)
+    means = [np.bincount(member, part * thickness) / total for part in np.nan_to_num(texture)]
+    texture_of = dict(zip(profiles, np.stack(means, 1)))                        # (3,) each
+
+    path = common.one_file(folder, "*_profiles.tsv")
+    table, left_out = data.Table(path, ["profile_id", "latitude", "longitude"], "\t"), 0
+    lat, lon = table.numbers("latitude"), table.numbers("longitude")
+    for i, profile in enumerate(table.columns["profile_id"]):
+        parts = texture_of.get(profile, np.zeros(3))
+        if abs(sum(parts) - 100) <= 5:
+            yield data.Record(profile, path, (lat[i], lon[i]), dict(zip(TEXTURE, parts)), {})
+        else:
+            left_out += 1
+    print(f"{path}: {left_out} of {len(lat)} profiles left out: no texture of 0 to 30 cm, or its "
+          f"parts do not add up to 100 %")
+
+
+def read_gauges(folder):
+    """Every gauge of Caravan's attribute tables, once, with or without a series.
+
+    Left out: those known by at most half of the attributes that the best known one has.
+    """
+    attributes = data.read_attributes(sorted(folder.glob("attributes/*/*.csv")), "caravan")
+    most = max([len(known) for known in attributes.values()], default=0)
+    known_well = [site for site in sorted(attributes) if len(attributes[site]) > most / 2]
+    seen = set()
+    for site in known_well:
+        if data.gauge(site) not in seen:
+            seen.add(data.gauge(site))
+            static = dict(attributes[site])
+            latlon = static.pop("gauge_lat", np.nan), static.pop("gauge_lon", np.nan)
+            yield data.Record(site, folder / "attributes", latlon, static, {})
+    print(f"{folder}: {len(attributes)} gauges, of which {len(attributes) - len(known_well)} left "
+          f"out, known by half of the attributes at most, and {len(known_well) - len(seen)} twice")
+
+
+data.READERS |= {"wosis": read_wosis, "gauges": read_gauges}
+for part in TEXTURE:                # none of them may be an input: two of them give the third away
+    finetune.TASKS[part] = finetune.Task(
+        part, models="resconn,mlp,glm", baseline="mlp", inputs=("static",), head=common.MLPHead,
+        scoring="value", prepare=partial(common.attribute_as_target, part, TEXTURE + DERIVED))
+
+if __name__ == "__main__":
+    common.main("clay", __doc__)
