@@ -9,7 +9,7 @@ Axes: N sites, T days, C dynamic variables, S static attributes.
 import csv
 import hashlib
 import os
-import shutil
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -338,16 +338,16 @@ def read_camels(folder):
     daymet = [path for path in forcings if "cida" in path.name]
     for path in daymet or forcings:
         basin = path.name[:8]
-        head = Table(path, delimiter=None, header=["value"], lines=slice(0, 3)).numbers("value")
+        head = Table(path, [], None, ["value"], slice(0, 3)).numbers("value")
         check(len(head) == 3 and abs(head[0]) <= 90 and head[2] > 0,
               f"{path}, lines 1 to 3: latitude, elevation in m and basin area in m2 are {head}")
         lat, elevation, area = head
         static = {"elevation": elevation, "area": area / 1e6} | attributes.get(basin, {})
-        columns = ["year", "mnth", "day", "dayl(s)", "srad(w/m2)"]
-        series = read_series(Table(path, columns, None, lines=slice(3, None)), lat)
+        table = Table(path, ["mnth", "dayl(s)", "srad(w/m2)"], None, lines=slice(3, None))
+        series = read_series(table, lat)
         if basin in flows:
-            columns = ["id", "year", "mnth", "day", "flow", "flag"]
-            table = Table(flows[basin], delimiter=None, header=columns)
+            header = ["id", "year", "mnth", "day", "flow", "flag"]
+            table = Table(flows[basin], [], None, header)
             mm = table.numbers("flow") * (0.028316846592 * 86400 * 1000 / area)     # from ft3/s
             series["streamflow"] = table.dates(), mm
         latlon = static.pop("gauge_lat", lat), static.pop("gauge_lon", np.nan)
@@ -506,13 +506,15 @@ def folds(sites, kind, k, seed=0):
     """Fold of each site, (N,) int in 0..k-1; a gauge that two archives hold has one fold.
 
     "pub", ungauged basins: a hash of seed and gauge, whatever other sites there are. "pur",
-    ungauged regions: contiguous, of similar size.
+    ungauged regions: contiguous, of similar size. "none": fold -1, nothing is held out.
     """
+    if kind == "none":
+        return np.full(len(sites.ids), -1)
     gauges = [gauge(site) for site in sites.ids]
     if kind == "pub":
         digests = [hashlib.sha256(f"{seed}:{name}".encode()).hexdigest() for name in gauges]
         return np.array([int(digest, 16) % k for digest in digests])
-    check(kind == "pur", f"hold-out '{kind}': expected pub or pur")
+    check(kind == "pur", f"hold-out '{kind}': expected pub, pur or none")
     lost = sites.ids[np.isnan(sites.latlon).any(1)]
     check(not len(lost), f"{len(lost)} sites have no coordinates, so no region: {lost[:3]}")
     place = dict(sorted(zip(gauges, sites.latlon.tolist())))            # each gauge once
@@ -556,15 +558,14 @@ def day_of_year(dates):
 def write_cache(folder, sites):
     """One array a file; the folder appears whole, or not at all."""
     arrays = vars(sites) | {f"extra-{name}": values for name, values in sites.extra.items()}
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+        new = Path(temporary, folder.name)
+        new.mkdir()
         for name in arrays.keys() - {"extra"}:
-            np.save(temporary / name, arrays[name])
+            np.save(new / name, arrays[name])
         if not folder.is_dir():                             # another process may have been faster
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            new.rename(folder)
 
 
 def read_cache(folder):

@@ -29,7 +29,7 @@ import data
 from eval import SCORINGS
 from model import Config, Dropout, StefaLand
 from train import (Windows, cover_with_windows, day_slice, descend, fit_standardisation,
-                   learning_rate, load_checkpoint, load_file, option, parse, setup)
+                   learning_rate, load_checkpoint, load_file, option, parse, save, setup)
 
 
 @dataclass
@@ -417,7 +417,7 @@ def main(argv=None, options_class=Options, description=__doc__, defaults=None):
         fold_of = data.folds(sites, o.holdout, o.folds, seed if o.reshuffle_folds else 0)
         model, arrays = run(o, variant, sites, fold_of, fold, seed)
         saved = dict(version=VERSION, settings=model.settings, weights=model.state_dict())
-        data.write_atomically(path.with_suffix(".pt"), lambda file: torch.save(saved, file))
+        save(path.with_suffix(".pt"), saved)
         data.write_atomically(path, lambda file: np.savez_compressed(file, about=about, **arrays))
 
 

@@ -401,7 +401,7 @@ def test_pur_folds_are_contiguous_regions_of_similar_size():
     assert set(pur) == set(range(5)) and 20 < np.bincount(pur).min() <= np.bincount(pur).max() < 100
     near = np.argsort(-(xyz @ xyz.T), 1)[:, 1:4]
     assert (pur[near] == pur[:, None]).mean() > 0.9 and (pub[near] == pub[:, None]).mean() < 0.4
-    raises(ValueError, "pub or pur", data.folds, s, "puf", 5)
+    raises(ValueError, "pub, pur or none", data.folds, s, "puf", 5)
     s.latlon[3] = nan
     raises(ValueError, "no coordinates.*synthetic_0003", data.folds, s, "pur", 5)
 

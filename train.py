@@ -66,9 +66,7 @@ def train(o, sites):
     rank, world, device = setup(o.device)
     checkpoint, step = Path(o.out, "pretrained.pt"), 0
     tenth = data.folds(sites, "pub", 10, seed=1) == 0       # for validation
-    kept = np.full(len(sites.ids), True)
-    if o.holdout != "none":
-        kept = data.folds(sites, o.holdout, o.folds) != o.fold
+    kept = data.folds(sites, o.holdout, o.folds) != o.fold
     training, validation = np.flatnonzero(~tenth & kept), np.flatnonzero(tenth & kept)
 
     torch.manual_seed(o.seed)
@@ -109,8 +107,7 @@ def train(o, sites):
             state = dict(version=VERSION, config=asdict(config), options=asdict(o), step=step,
                          ids=ids, latlon=torch.tensor(sites.latlon[training]), scaling=scaling,
                          model=model.state_dict(), optimizer=optimizer.state_dict())
-            torch.save(state, buffer := io.BytesIO())       # to a full disk, it hides the reason
-            data.write_atomically(checkpoint, lambda file: file.write(buffer.getbuffer()))
+            save(checkpoint, state)
         if done:
             break
         # All randomness follows from (seed, step): a resumed run needs no generator state. Every
@@ -124,7 +121,7 @@ def train(o, sites):
         hidden = model.draw_masks(o.batch_size, o.seq_len, generator)
         share = slice(rank * o.batch_size // world, (rank + 1) * o.batch_size // world)
         batch = windows.get(site[share], start[share], device)
-        hidden = Masks(hidden.dynamic[share], hidden.static[share], hidden.location[share])
+        hidden = Masks(*[part[share] for part in hidden])
         with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
             errors, counts = wrapped(*batch, hidden=hidden)
         interrupts = interrupted.clone()
@@ -176,6 +173,12 @@ def learning_rate(progress):
     """Share of the peak: linear warm-up over the first 5 %, then a cosine down to 2 %."""
     cosine = math.cos(math.pi * max(progress - 0.05, 0) / 0.95)
     return min(progress / 0.05 + 1e-3, 0.51 + 0.49 * cosine)
+
+
+def save(path, state):
+    """Plain values and tensors, to be read by load_file."""
+    torch.save(state, buffer := io.BytesIO())               # to a full disk, it hides the reason
+    data.write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path):
@@ -342,15 +345,12 @@ def r_squared(truth, guess, where):
     return (1 - sse / sst)[sst > 1e-9].mean().item()        # NaN if it has none
 
 
-def ridge(x, y, x_new):
-    """Ridge regression with generalised cross-validation; missing x = mean, missing y left out."""
+def ridge(x, y, x_new, penalty=1.0):
+    """Ridge regression on standardised x (N, S); missing x = their mean, missing y left out."""
     x, x_new, y = np.nan_to_num(x[~np.isnan(y)]), np.nan_to_num(x_new), y[~np.isnan(y)]
-    u, s, vt = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    shrink = s ** 2 / (s ** 2 + np.logspace(-2, 5, 30)[:, None])                # (penalties, S)
-    fits = shrink * (u.T @ (y - y.mean())) @ u.T                                # (penalties, N)
-    error = ((y - y.mean() - fits) ** 2).sum(1) / (len(y) - 1 - shrink.sum(1)) ** 2
-    weights = vt.T @ (shrink[error.argmin()] / s * (u.T @ (y - y.mean())))
-    return y.mean() + (x_new - x.mean(0)) @ weights
+    gram = x.T @ x + penalty * np.eye(x.shape[1])                               # (S, S)
+    weights = np.linalg.solve(gram, x.T @ (y - y.mean()))                       # (S,)
+    return y.mean() + x_new @ weights
 
 
 def setup(device):

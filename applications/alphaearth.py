@@ -36,7 +36,7 @@ def add_vectors(sites, options):
         vectors = join_vectors(sites, Path(options.vectors))
     else:
         data.check("latents" in sites.extra,
-                   f"--data {options.data}: no vectors are known, give --vectors FILE")
+                   "no vectors are known of these sites: give --vectors FILE")
         rng, latents = np.random.default_rng(0), sites.extra["latents"]         # (N, 8)
         noise = 0.3 * rng.standard_normal((len(latents), 64))
         vectors = np.tanh(latents @ rng.standard_normal((8, 64)) + noise)

@@ -25,9 +25,12 @@ from model import Masks
 from train import Windows, load_checkpoint
 
 ORDER = ("resconn", "lstm", "noresconn", "linear", "scratch", "direct")     # others follow by name
-SCORE = {"series": "NSE", "value": "minus absolute error", "class": "minus error of probability"}
+SCORE = {"series": "NSE", "value": "absolute error", "class": "error of the probability"}
 SERIES = {"streamflow": "streamflow (mm/d)", "soil_moisture": "soil moisture (m3/m3)"}
 GREY = "0.85"
+LOOK = {"axes.titlesize": "medium", "axes.axisbelow": True, "date.converter": "concise",
+        "grid.color": GREY, "legend.fontsize": 9, "legend.columnspacing": 1,
+        "lines.linewidth": 1.2, "savefig.dpi": 90}          # of matplotlib.rcParams
 
 
 def about(models):
@@ -35,30 +38,37 @@ def about(models):
     return next(iter(models.values()))[0]
 
 
+def site_scores(runs):
+    """{site: NSE, or absolute error} of one model's runs, mean over seeds, where it is defined."""
+    sign = 1 if runs[0]["scoring"] == "series" else -1      # per_site gives *minus* the error
+    scores = {site: sign * score for site, score in per_site(runs).items()
+              if math.isfinite(score)}
+    data.check(scores, f"{runs[0]['setting']}, {runs[0]['model']}: no site has a score")
+    return scores
+
+
 def draw_setting(path, models, scores, colours):
     """A setting's {model: [run]} and, in the figures' order, {model: {site: score}}."""
-    baseline, scoring = about(models)["baseline"], about(models)["scoring"]
+    baseline = about(models)["baseline"]
     method = next((name for name in scores if name != baseline), baseline)
-    ranked = [site for site, score in scores[method].items() if math.isfinite(score)]
-    ranked.sort(key=scores[method].get)
     chosen = {}
-    if scoring == "series" and ranked:
+    if about(models)["scoring"] == "series":
+        ranked = sorted(scores[method], key=scores[method].get)
         chosen = {"median site": ranked[len(ranked) // 2], "worst site": ranked[0]}
 
-    figure = new_figure(10, 3.6 + 2.2 * len(chosen))
     rows = [["distribution", "map"]] + [[kind, kind] for kind in chosen]
-    panels = figure.subplot_mosaic(rows, width_ratios=(2, 3),
-                                   height_ratios=[3.6] + [2.2] * len(chosen))
+    heights = [3.4] + [2] * len(chosen)
+    figure = new_figure(9.5, sum(heights))
+    panels = figure.subplot_mosaic(rows, width_ratios=(2, 3), height_ratios=heights)
     figure.suptitle(about(models)["setting"])
     draw_distribution(panels["distribution"], models, scores, colours)
     draw_map(panels["map"], models[method], scores[method])
-    panels["map"].set_title(f"{SCORE[scoring]} of {method}")
     for kind, site in chosen.items():
         for name in scores:
             if name in (method, baseline) and site in scores[name]:
                 label = f"{name}, NSE {scores[name][site]:.2f}"
                 draw_hydrograph(panels[kind], site, models[name], colours[name], label)
-        panels[kind].set_title(f"{kind} of {method}: {site}")
+        panels[kind].set_title(f"{kind} of {method}: {site}", loc="left")
     save(figure, path)
 
 
@@ -66,35 +76,40 @@ def draw_distribution(axis, models, scores, colours):
     """The share of sites whose score is below x, a curve for each model."""
     scoring = about(models)["scoring"]
     for name, of_sites in scores.items():
-        values = np.array([*of_sites.values()])                                 # (N,)
-        label = f"{name}, median {np.nanmedian(values):.2f}"
+        values = list(of_sites.values())
+        label = f"{name}, median {np.median(values):.2f}"
         if any(run["overlap"] for run in models[name]):
             label += "\n(has seen test sites)"
-        axis.ecdf(values[np.isfinite(values)], color=colours[name], label=label)
+        axis.ecdf(values, color=colours[name], label=label)
     axis.axhline(0.5, color=GREY, zorder=0)
-    axis.set(xlabel=SCORE[scoring], ylabel="share of sites below", title=f"{len(values)} sites")
+    sites = max(len(of_sites) for of_sites in scores.values())
+    axis.set(xlabel=SCORE[scoring], ylabel="share of sites below", title=f"{sites} held-out sites")
     if scoring == "series":                                 # a few sites may be at -100
         axis.set(xlim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
-    axis.legend(loc="upper left")
+    axis.legend()
 
 
 def draw_map(axis, runs, scores):
     """Each site of one model's runs, coloured by its score."""
     place = {}
     for run in runs:
-        place |= zip(run["ids"], run["latlon"])
+        place.update(zip(run["ids"], run["latlon"]))
     lat, lon = np.array([place[site] for site in scores]).T                     # (N,) each
-    values = np.array([*scores.values()])                                       # (N,)
-    low, high = 0, 1
-    if runs[0]["scoring"] != "series":
-        low, high = np.nanpercentile(values, 5), 0
-    dots = axis.scatter(lon, lat, 24, values, vmin=low, vmax=high, edgecolors="0.3", linewidths=0.3)
-    axis.figure.colorbar(dots, ax=axis, extend="min")
-    if np.isfinite(lat).any():                              # a kilometre is as long east as north
-        axis.set_aspect(1 / math.cos(math.radians(np.nanmean(lat))))
-    axis.set(xlabel="longitude (degrees)", ylabel="latitude (degrees)")
-    axis.grid(color=GREY)
-    axis.set_axisbelow(True)
+    values = list(scores.values())
+    scoring = runs[0]["scoring"]
+    axis.set_title(f"{runs[0]['model']}: {SCORE[scoring]}")
+    if np.isnan(lat).all():
+        axis.set(xlabel="no coordinates", xticks=[], yticks=[])
+        return
+    colour_map, highest, beyond = "viridis", 1, "min"
+    if scoring != "series":                                 # an error: the small ones are good
+        colour_map, highest, beyond = "viridis_r", np.percentile(values, 95), "max"
+    dots = axis.scatter(lon, lat, 24, values, cmap=colour_map, vmin=0, vmax=highest,
+                        edgecolors="0.3", linewidths=0.3)
+    axis.figure.colorbar(dots, ax=axis, extend=beyond)
+    wider = 1 / math.cos(math.radians(np.nanmean(lat)))     # a kilometre east is as long as north
+    axis.set(xlabel="longitude (degrees)", ylabel="latitude (degrees)", aspect=wider)
+    axis.grid()
 
 
 def draw_hydrograph(axis, site, runs, colour, label):
@@ -109,7 +124,7 @@ def draw_hydrograph(axis, site, runs, colour, label):
     axis.plot(run["dates"][days], sim[days], color=colour, label=label)
     axis.set_ylabel(SERIES.get(run["task"], run["task"]))
     axis.margins(x=0)
-    axis.legend()
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)   # above it
 
 
 def draw_labels(path, runs, scores, colours):
@@ -120,7 +135,7 @@ def draw_labels(path, runs, scores, colours):
         data_set = setting.replace(f", labelled {labelled}", "")
         scoring[data_set] = about(models)["scoring"]
         medians[data_set][labelled or math.inf] = {
-            name: np.nanmedian([*of_sites.values()]) for name, of_sites in scores[setting].items()}
+            name: np.median(list(of_sites.values())) for name, of_sites in scores[setting].items()}
     compared = [data_set for data_set in medians if len(medians[data_set]) > 1]
     if not compared:
         print(f"{path} is not drawn: it takes runs with two values of --labelled")
@@ -136,7 +151,7 @@ def draw_labels(path, runs, scores, colours):
         axis.set_xticks(range(len(counts)), [f"{n:.0f}".replace("inf", "all") for n in counts])
         axis.set(title=data_set, xlabel="training sites with observations",
                  ylabel=f"median {SCORE[scoring[data_set]]} at held-out sites")
-        axis.grid(axis="y", color=GREY)
+        axis.grid(axis="y")
         axis.legend()
     save(figure, path)
 
@@ -160,10 +175,10 @@ def draw_reconstruction(path, checkpoint, days=60):
     dates = sites.dates[start[0]:start[0] + windows.days]                       # (L,)
     observed = in_units(batch[0], windows.scaling)[0]                           # (L, C)
     measured = np.flatnonzero(np.isfinite(observed).any(0))
-    groups = np.array(c.dynamic_groups)                                         # (C,)
+    groups = np.array(c.dynamic_groups or c.dynamic_names)                      # (C,)
     block = slice(windows.days // 2, windows.days // 2 + days)
 
-    figure = new_figure(9, 1 + 1.3 * len(measured))
+    figure = new_figure(8.5, 1 + 1.2 * len(measured))
     axes = figure.subplots(len(measured), 1, sharex=True, squeeze=False)[:, 0]
     for axis, v in zip(axes, measured):
         hidden = torch.zeros(batch[0].shape, dtype=torch.bool)                  # (B, L, C)
@@ -175,11 +190,11 @@ def draw_reconstruction(path, checkpoint, days=60):
         axis.axvspan(dates[block][0], dates[block][-1], color=GREY, zorder=0)
         name = c.dynamic_names[v]
         axis.set_ylabel(f"{name}\n({data.DYNAMIC[name].unit})")
-        axis.text(1.01, 0.5, f"group\n{groups[v]}", rotation=-90, ha="left", va="center",
-                  transform=axis.transAxes)                 # at the right of the panel
+        axis.text(1.01, 0.5, groups[v], transform=axis.transAxes, rotation=-90, va="center")
         axis.margins(x=0)
     figure.align_ylabels()
-    figure.suptitle(f"{sites.ids[site[0]]}, not trained on; variables of a group hidden together")
+    figure.suptitle(f"{sites.ids[site[0]]}, not trained on; each group, named at the right, "
+                    f"is hidden in turn")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     save(figure, path)
 
@@ -198,13 +213,12 @@ def new_figure(width, height):
         from matplotlib.figure import Figure
     except ImportError:
         raise SystemExit("figures need matplotlib: pip install matplotlib") from None
-    matplotlib.rc("date", converter="concise")
-    matplotlib.rc("lines", linewidth=1.2)
+    matplotlib.rcParams.update(LOOK)
     return Figure((width, height), layout="constrained")
 
 
 def save(figure, path):
-    data.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    data.write_atomically(path, lambda file: figure.savefig(file, format="png"))
     print(path)
 
 
@@ -221,7 +235,7 @@ def main(argv=None):
     colours = {name: f"C{k % 10}" for k, name in enumerate(order)}
     scores = {}
     for setting, models in runs.items():
-        scores[setting] = {name: per_site(models[name]) for name in order if name in models}
+        scores[setting] = {name: site_scores(models[name]) for name in order if name in models}
         path = folder / (setting.replace(", ", "_").replace(" ", "-") + ".png")
         draw_setting(path, models, scores[setting], colours)
     if runs:

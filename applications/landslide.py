@@ -75,7 +75,7 @@ def add_synthetic_slopes(sites, options):
     if "patch" in sites.extra:
         return sites
     data.check("latents" in sites.extra,
-               f"--data {options.data}: its sites have no patches; expected landslide:DIR")
+               "these sites have no patches: expected --data synthetic or landslide:DIR")
     rng, N = np.random.default_rng(0), len(sites.ids)
     relief, wet, _, _, _, growth, depth, _ = sites.extra["latents"].T           # (N,) each
     waves = np.cos(np.pi * np.arange(4)[:, None] * (np.arange(SIZE) + 0.5) / SIZE)  # (4, SIZE)
