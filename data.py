@@ -427,12 +427,11 @@ class Table:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         text = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[lines]
-        rows = [line.split() for line in text]
-        if delimiter:
-            try:
-                rows = list(csv.reader(text, delimiter=delimiter, skipinitialspace=True))
-            except csv.Error as error:
-                raise ValueError(f"{path}: {error}") from None
+        try:
+            rows = csv.reader(text, delimiter=delimiter or " ", skipinitialspace=True)
+            rows = [line.split() for line in text] if delimiter is None else list(rows)
+        except csv.Error as error:
+            raise ValueError(f"{path}: {error}") from None
         numbered = [(line, row) for line, row in enumerate(rows, lines.start + 1) if row]
         if header is None and numbered:
             header = [name.strip().lower() for name in numbered.pop(0)[1]]
@@ -449,7 +448,7 @@ class Table:
     def numbers(self, name):
         """(n,) float32; empty, NA, NULL and -999 = NaN."""
         fields = self.columns[name]
-        values = np.array([number(text) for text in fields])
+        values = np.fromiter(map(number, fields), float, len(fields))
         self.refuse(name, fields, abs(values) > 3.4e38)
         return np.where(values < -998, np.nan, values).astype(np.float32)
 

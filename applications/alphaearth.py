@@ -83,14 +83,14 @@ def read_npz(path):
     wide = [name for name, values in arrays.items() if values.shape[1:] == (64,)]
     data.check(wide, f"{path}: no array (n, 64) among {[*arrays]}")
     axes = {"id": "n"} if "id" in arrays else {"lat": "n", "lon": "n"}
-    arrays = common.read_npz(path, **{wide[0]: "nk"}, **axes)           # now they are checked
+    arrays = common.read_npz(path, text=("id",), **{wide[0]: "nk"}, **axes)     # now checked
     return {"vectors": arrays[wide[0]]} | {name: arrays[name] for name in axes}
 
 
 def read_points(folder):
     """Points and their NDVI, which stands among the attributes until it is made the target."""
     path = common.one_file(folder, "*.npz")
-    arrays = common.read_npz(path, lat="n", lon="n", s2="nk", s2_names="k")
+    arrays = common.read_npz(path, text=("s2_names",), lat="n", lon="n", s2="nk", s2_names="k")
     names = arrays["s2_names"].tolist()
     data.check("s2_ndvi" in names, f"{path}: no s2_ndvi among {names}")
     ndvi = arrays["s2"][:, names.index("s2_ndvi")]                              # (n,)

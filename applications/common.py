@@ -1,12 +1,54 @@
-"""What several applications share: files of numpy arrays, checked."""
+"""What several applications share: their command line, values per site, files of numpy arrays."""
 
-import zipfile
-import zlib
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch.nn as nn
 
+import finetune
+import train
 from data import check
+from model import Dropout
+
+
+def main(task, description, options_class=finetune.Options, argv=None):
+    """The command line of an application: `train …` is train.py's, all else finetune.py's.
+
+    train.py by itself knows no application; called from here, it knows the readers of this one.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        train.main(argv[1:])
+    else:
+        finetune.main(argv, options_class, description, defaults={"task": task})
+
+
+class MLPHead(nn.Module):
+    """Two layers, for tasks with one value per site: (B, L, width) -> (B, L)."""
+
+    def __init__(self, width, dropout, shapes):
+        super().__init__()
+        self.dropout, self.output = Dropout(dropout), nn.Linear(width, 1)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+
+    def forward(self, x, extra):
+        x = self.mlp(self.dropout(x))                                           # (B, L, width)
+        return self.output(self.dropout(x))[..., 0]                             # (B, L)
+
+
+# the attributes without an encoder; glm is a linear or, by the task's loss, logistic regression
+finetune.VARIANTS["mlp"] = finetune.Variant("", inputs=("static",))
+finetune.VARIANTS["glm"] = finetune.Variant("", inputs=("static",), head=finetune.LinearHead)
+
+
+def attribute_as_target(name, hidden, sites, options):
+    """`sites` with an attribute as their target, (N,), and those in `hidden` missing as inputs."""
+    names = sites.static_names
+    check(name in names, f"the sites have no attribute {name}, only {', '.join(names)}")
+    static = np.where(np.isin(names, hidden), np.float32(np.nan), sites.static)     # (N, S)
+    return replace(sites, target=sites.static[:, names.index(name)], static=static)
 
 
 def one_file(folder, pattern):
@@ -27,7 +69,7 @@ def read_npz(path, text=(), **axes):
     try:
         loaded = np.load(path)                              # no pickles: runs no code
         arrays = {Path(path).stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:                              # a damaged file may raise anything
         raise ValueError(f"{path}: {error}") from None
     lengths = {}                                            # letter -> length of its axes
     for name, letters in axes.items():

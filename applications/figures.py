@@ -29,8 +29,8 @@ SCORE = {"series": "NSE", "value": "absolute error", "class": "error of the prob
 SERIES = {"streamflow": "streamflow (mm/d)", "soil_moisture": "soil moisture (m3/m3)"}
 GREY = "0.85"
 LOOK = {"axes.titlesize": "medium", "axes.axisbelow": True, "date.converter": "concise",
-        "grid.color": GREY, "legend.fontsize": 9, "legend.columnspacing": 1,
-        "lines.linewidth": 1.2, "savefig.dpi": 90}          # of matplotlib.rcParams
+        "grid.color": GREY, "legend.fontsize": 9, "legend.handlelength": 1.2,
+        "legend.columnspacing": 1, "lines.linewidth": 1.2, "savefig.dpi": 90}
 
 
 def about(models):
