@@ -109,6 +109,8 @@ def load_runs(folder):
     runs = defaultdict(lambda: defaultdict(list))
     for path in sorted(Path(folder, "runs").glob("*.npz")):
         run = dict(np.load(path))
+        if "about" not in run:
+            raise ValueError(f"{path} is no run of this version: move it away")
         run |= json.loads(str(run["about"]))
         runs[run["setting"]][run["model"]].append(run)
     return runs

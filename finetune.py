@@ -101,6 +101,7 @@ def square(y, sites):
 class Task:
     """What is predicted, and how it is learned and scored."""
     target: str                         # a daily series, or an entry of Sites.extra: a value a site
+    unit: str = ""                      # of the target
     models: str = "resconn,lstm"        # variants compared by default
     baseline: str = "lstm"              # the one that the table measures gains against
     inputs: tuple = ("forcing",)        # what the residual path reads
@@ -122,7 +123,7 @@ class Variant:
     head: type = None                   # in place of the task's; may begin with another adapter
 
 
-TASKS = {"streamflow": Task("streamflow", transform=square_root, inverse=square)}       # mm/d
+TASKS = {"streamflow": Task("streamflow", "mm/d", transform=square_root, inverse=square)}
 VARIANTS = {
     "resconn": Variant(),
     "noresconn": Variant(inputs=()),
@@ -410,7 +411,7 @@ def main(argv=None, options_class=Options, description=__doc__, defaults=None):
         path = Path(o.out, "runs", f"{setting}, {variant}, fold {fold}, seed {seed}.npz")
         about = json.dumps(vars(o) | dict(
             setting=setting, model=variant, fold=fold, seed=seed, seeds=1,
-            baseline=task.baseline, scoring=task.scoring))
+            baseline=task.baseline, scoring=task.scoring, unit=task.unit))
         if path.exists() and str(np.load(path)["about"]) == about:
             print(f"{path}: done before")
             continue

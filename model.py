@@ -139,10 +139,9 @@ class StefaLand(nn.Module):
     def check(self, forcing, static):
         """ValueError on inputs the network has no place for."""
         (B, T, C), (sites, S), c = forcing.shape, static.shape, self.config
-        if C != len(c.dynamic_names):
-            raise ValueError(f"{C} dynamic variables, expected {c.dynamic_names}")
-        if S != len(c.static_names):
-            raise ValueError(f"{S} static variables, expected {c.static_names}")
+        if (C, S) != (len(c.dynamic_names), len(c.static_names)):
+            raise ValueError(f"{C} dynamic and {S} static variables, expected {c.dynamic_names} "
+                             f"and {c.static_names}")
         if T > c.max_days:
             raise ValueError(f"a window of {T} days, positions end at {c.max_days}")
         if B != sites:

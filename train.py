@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=4 train.py --preset paper --data …
     python train.py --resume                            after Ctrl-C or a crash, bit for bit
 
-Writes out/pretrained.pt and prints, at the end, how well hidden groups are reconstructed at sites
-that were never trained on.
+Writes out/pretrained.pt and prints, at the end, how well hidden variables are reconstructed at
+sites that were never trained on.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from model import NEVER_HIDDEN, PRESETS, Config, Masks, StefaLand, masked_loss
+from model import PRESETS, Config, Masks, StefaLand, masked_loss
 
 
 def option(group, default, text):
@@ -65,10 +65,7 @@ def train(o, sites):
     """All of pretraining, on every process; the first one prints and writes the checkpoint."""
     rank, world, device = setup(o.device)
     checkpoint, step = Path(o.out, "pretrained.pt"), 0
-    tenth = data.folds(sites, "pub", 10, seed=1) == 0       # for validation
-    kept = data.folds(sites, o.holdout, o.folds) != o.fold
-    training, validation = np.flatnonzero(~tenth & kept), np.flatnonzero(tenth & kept)
-
+    training, validation = split(o, sites)
     torch.manual_seed(o.seed)
     config = configure(o, sites)
     model = StefaLand(config).to(device)
@@ -91,7 +88,7 @@ def train(o, sites):
         o.dtype = "bfloat16" if device.type == "cuda" or fast else "float32"
     if rank == 0:
         print(f"{len(training)} sites to train on, {len(validation)} to validate on, "
-              f"{np.sum(~kept)} held out ({o.holdout}, fold {o.fold} of {o.folds})\n"
+              f"hold-out {o.holdout}, fold {o.fold} of {o.folds}\n"
               f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {o.dtype}, "
               f"{world} process(es), from step {step}", flush=True)
 
@@ -141,17 +138,22 @@ def train(o, sites):
     if rank == 0 and stop:
         print(f"stopped after step {step}; continue with --resume")
     elif rank == 0 and len(validation):
-        report(model, windows, training, validation[:60])
+        report(model, windows, validation[:60])
     if world > 1:
         dist.destroy_process_group()
 
 
+def split(o, sites):
+    """Indices of training and validation sites (a tenth), none of them of the fold held out."""
+    tenth = data.folds(sites, "pub", 10, seed=1) == 0
+    kept = data.folds(sites, o.holdout, o.folds) != o.fold
+    return np.flatnonzero(~tenth & kept), np.flatnonzero(tenth & kept)
+
+
 def configure(o, sites):
     """The network's Config for these sites: the preset's, with the changes of --config."""
-    changes = {"max_days": o.seq_len}
-    for change in filter(None, o.config.split(",")):
-        name, _, value = change.partition("=")
-        changes[name] = ast.literal_eval(value)
+    changes = [change.split("=") for change in o.config.split(",") if change]
+    changes = {"max_days": o.seq_len} | {name: ast.literal_eval(text) for name, text in changes}
     return Config(sites.dynamic_names, sites.static_names, data.groups(sites.dynamic_names),
                   data.groups(sites.static_names), **PRESETS[o.preset] | changes)
 
@@ -295,62 +297,15 @@ def apply_standardisation(values, scaling):
 
 
 @torch.no_grad()
-def report(model, windows, training, validation):
-    """Print the R2 of each hidden group at the validation sites, beside a yardstick's.
-
-    Yardsticks know training sites: ridge regression on the attributes of other groups (static
-    groups), the mean of the day of the year (dynamic groups, hidden for 60 days).
-    """
-    model, config = model.cpu().eval(), model.config
-    site = np.repeat(validation, 4)                         # 4 windows of each
+def report(model, windows, validation):
+    """Print how much of what is hidden is explained at sites never trained on (0 = their mean)."""
+    model, site = model.cpu().eval(), np.repeat(validation, 4)      # 4 windows of each
     batch = windows.get(site, windows.starts(site, np.random.default_rng(0)))
-    forcing, static, _, day_of_year = batch                 # (B, L, C), (B, S), (B, 2), (B, L)
-    print(f"\nR2 at {len(validation)} validation sites, mean over the variables of a hidden group\n"
-          f"{'group':<24}{'StefaLand':>10}{'yardstick':>11}")
-
-    table, fitted = windows.static.numpy(), torch.zeros_like(static)            # (N, S), (B, S)
-    for v, group in enumerate(config.static_groups):
-        x = table[:, np.array(config.static_groups) != group]                   # (N, S')
-        fitted[:, v] = torch.from_numpy(ridge(x[training], table[training, v], x[site]))
-    for group in sorted(set(config.static_groups) - {NEVER_HIDDEN}):
-        member = torch.tensor([name == group for name in config.static_groups])
-        hide = member.expand(static.shape)                                      # (B, S)
-        _, guess = model.decode(model.encode(*batch, Masks(static=hide)))
-        print_row("static " + group, static, guess, fitted, hide)
-
-    past = windows.sites.forcing[training[:500]]                                # (500, T, C)
-    past = torch.from_numpy(apply_standardisation(past, windows.scaling)).nanmean(0)    # (T, C)
-    days = [past[windows.day_of_year == day].nanmean(0) for day in range(1, 367)]
-    climatology = torch.stack(days)[day_of_year.long() - 1]                     # (B, L, C)
-    inside = torch.zeros(windows.days, 1, dtype=torch.bool)                     # (L, 1)
-    inside[windows.days // 2:][:60] = True
-    for group in sorted(set(config.dynamic_groups)):
-        member = torch.tensor([name == group for name in config.dynamic_groups])
-        hide = (inside & member).expand(forcing.shape)                          # (B, L, C)
-        guess, _ = model.decode(model.encode(*batch, Masks(dynamic=hide)))
-        print_row("dynamic " + group, forcing, guess, climatology, hide)
-
-
-def print_row(name, truth, guess, yardstick, hide):
-    ours, theirs = r_squared(truth, guess, hide), r_squared(truth, yardstick, hide)
-    if not math.isnan(ours):                                # observed at these sites
-        print(f"{name:<24}{ours:>10.3f}{theirs:>11.3f}")
-
-
-def r_squared(truth, guess, where):
-    """1 - SSE/SST over observed entries in `where`, mean over the variables (last axis) it has."""
-    y = torch.where(where, truth, math.nan).double().flatten(0, -2)             # (n, V)
-    sse = (y - guess.flatten(0, -2)).square().nansum(0)                         # (V,)
-    sst = (y - y.nanmean(0)).square().nansum(0)
-    return (1 - sse / sst)[sst > 1e-9].mean().item()        # NaN if it has none
-
-
-def ridge(x, y, x_new, penalty=1.0):
-    """Ridge regression on standardised x (N, S); missing x = their mean, missing y left out."""
-    x, x_new, y = np.nan_to_num(x[~np.isnan(y)]), np.nan_to_num(x_new), y[~np.isnan(y)]
-    gram = x.T @ x + penalty * np.eye(x.shape[1])                               # (S, S)
-    weights = np.linalg.solve(gram, x.T @ (y - y.mean()))                       # (S,)
-    return y.mean() + x_new @ weights
+    hidden = model.draw_masks(len(site), windows.days, torch.Generator().manual_seed(0))
+    errors, counts = model(*batch, hidden)
+    dynamic, static = (1 - errors / counts).tolist()        # all is standardised: 1 is no skill
+    print(f"at {len(validation)} sites never trained on: R2 of hidden weather {dynamic:.3f}, "
+          f"of hidden attributes {static:.3f}")
 
 
 def setup(device):

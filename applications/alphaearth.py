@@ -18,7 +18,7 @@ import numpy as np
 
 import data
 import finetune
-from applications import common, soil  # noqa: F401 (its tasks: clay, silt, sand)
+from applications import common, soil       # soil for its tasks: clay, silt, sand
 
 CHANNELS = [f"a{i:02d}" for i in range(64)]                 # of a csv, in lower case
 NEAR = 5.0                                                  # km to the place of a vector, at most
@@ -49,7 +49,7 @@ def join_vectors(sites, path):
     NaN where there is none within NEAR km. ValueError if the file lacks what it takes, has an id
     twice, or a vector for none of the sites.
     """
-    table = read_csv(path) if path.suffix == ".csv" else read_npz(path)         # of n places
+    table = vectors_of_csv(path) if path.suffix == ".csv" else vectors_of_npz(path)
     if "id" in table:
         same = sites.ids[:, None] == np.array(table["id"])                      # (N, n)
         twice = sites.ids[same.sum(1) > 1]
@@ -67,7 +67,7 @@ def join_vectors(sites, path):
     return np.where(found[:, None], table["vectors"][nearest], np.nan)          # (N, 64)
 
 
-def read_csv(path):
+def vectors_of_csv(path):
     """{"vectors": (n, 64), "id": (n,)}, or with lat and lon for want of an id."""
     table = data.Table(path, CHANNELS)
     vectors = np.stack([table.numbers(name) for name in CHANNELS], 1)           # (n, 64)
@@ -77,7 +77,7 @@ def read_csv(path):
     return {"vectors": vectors, "lat": table.numbers("lat"), "lon": table.numbers("lon")}
 
 
-def read_npz(path):
+def vectors_of_npz(path):
     """Likewise, of an npz; its vectors are the array with 64 columns, under whatever name."""
     arrays = common.read_npz(path)
     wide = [name for name, values in arrays.items() if values.shape[1:] == (64,)]

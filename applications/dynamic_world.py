@@ -45,8 +45,8 @@ class DynamicWorld(nn.Module):
     def __init__(self, in_channels=9, out_channels=9):
         super().__init__()
         self.stem = unit(in_channels, 64, 3)
-        self.block1, self.block2, self.block3 = Block(64, 96), Block(96, 144), Block(192, 144)
         self.side = nn.Sequential(unit(64, 48, 1), unit(48, 48, 3, groups=48))
+        self.block1, self.block2, self.block3 = Block(64, 96), Block(96, 144), Block(192, 144)
         self.output = nn.Conv2d(144, out_channels, 1)
 
     def forward(self, x):
