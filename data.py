@@ -302,7 +302,9 @@ def assemble(records, target):
     check(count.max() == 1, f"two of the files have a site {names[count.argmax()]}")
     latlon[:, 1] = (latlon[:, 1] + 180) % 360 - 180
     extra = {}
-    for name in records[0].extra:
+    for name in set().union(*[record.extra for record in records]):
+        lacking = [record.file for record in records if name not in record.extra]
+        check(not lacking, f"{lacking[:1]} has no {name}, which other sites have")
         extra[name] = np.array([record.extra[name] for record in records], np.float32)
     return Sites(np.array(ids), latlon, static, daily[..., :-1], daily[..., -1], dates,
                  tuple(static_names), tuple(dynamic_names), extra)

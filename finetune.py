@@ -38,8 +38,8 @@ class Options:
     data: str = option("data", "synthetic", "or caravan:DIR, camels:DIR, csv:DIR; several: a,b")
     out: str = option("data", "out", "folder of checkpoint, cache and runs")
     basins: str = option("data", "", "file with a gauge a line: only these, once folds are cut")
-    train_period: str = option("data", "", "FROM/TO, as 1989-10-01/1999-09-30; empty: first 60 %")
-    test_period: str = option("data", "", "FROM/TO; empty: the last 40 % of the days")
+    train_period: str = option("data", "", "FROM/TO, as 1989-10-01/1999-09-30; empty: first 60 %%")
+    test_period: str = option("data", "", "FROM/TO; empty: the last 40 %%")
     holdout: str = option("hold-out", "pub", "pub (random sites) or pur (regions)")
     folds: int = option("hold-out", 5, "number of folds")
     fold: str = option("hold-out", "0", "folds to test on, joined by commas, or all")
@@ -183,6 +183,8 @@ class Predictor(nn.Module):
 
     def predict(self, sites):
         """The target at other sites, in its unit, for every day: (N, T), or for each: (N, 1)."""
+        if self.task.prepare:
+            sites = self.task.prepare(sites, None)
         days = len(sites.dates) if self.task.scoring == "series" else 1
         return Samples(self, sites, np.arange(len(sites.ids)), slice(0, days)).predict()
 
@@ -205,7 +207,8 @@ class Samples:
                 sites, s["encoder_scaling"], c.max_days, c.dynamic_names, c.static_names)
         if embedding == "frozen":
             self.encoded = self.encode_once()
-        elif embedding in sites.extra:                      # vectors in place of the encoder's E
+        elif embedding and not model.encoder:               # vectors in place of the encoder's E
+            data.check(embedding in sites.extra, f"the sites have no {embedding}: {[*sites.extra]}")
             vectors = torch.from_numpy(sites.extra[embedding]).nan_to_num()     # (N, D)
             self.encoded = vectors[self.site][:, None].expand(-1, self.length + 1, -1)
 

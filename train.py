@@ -333,7 +333,7 @@ def parse(options, description, argv, defaults=None):
             sections[title] = parser.add_argument_group(title)
         kind = dict(action="store_true") if f.default is False else dict(type=type(f.default))
         sections[title].add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind,
-                                     help=f"{f.metadata['help']} [{f.default}]")
+                                     help=f"{f.metadata['help']} [%(default)s]")
     parser.set_defaults(**defaults or {})
     return options(**vars(parser.parse_args(argv)))
 

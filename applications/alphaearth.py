@@ -1,4 +1,4 @@
-"""AlphaEarth's 64 values of a place in the stead of our embedding (arXiv 2507.22291).
+"""AlphaEarth's 64 values of a place instead of our embedding (arXiv 2507.22291).
 
     python -m applications.alphaearth                       NDVI of the synthetic world
     python -m applications.alphaearth --data alphaearth:DIR --vectors DIR/embeddings.npz

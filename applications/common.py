@@ -44,11 +44,17 @@ finetune.VARIANTS["glm"] = finetune.Variant("", inputs=("static",), head=finetun
 
 
 def attribute_as_target(name, hidden, sites, options):
-    """`sites` with an attribute as their target, (N,), and those in `hidden` missing as inputs."""
-    names = sites.static_names
-    check(name in names, f"the sites have no attribute {name}, only {', '.join(names)}")
+    """`sites` with an attribute as their target, (N,), and those in `hidden` missing as inputs.
+
+    options: None where a trained model predicts, at sites that need not have the attribute.
+    """
+    names, target = sites.static_names, np.full(len(sites.ids), np.nan, np.float32)
+    check(name in names or not options,
+          f"the sites have no attribute {name}, only {', '.join(names)}")
+    if name in names:
+        target = sites.static[:, names.index(name)]                             # (N,)
     static = np.where(np.isin(names, hidden), np.float32(np.nan), sites.static)     # (N, S)
-    return replace(sites, target=sites.static[:, names.index(name)], static=static)
+    return replace(sites, target=target, static=static)
 
 
 def one_file(folder, pattern):
