@@ -1,4 +1,7 @@
-"""All tests: python test_all.py [part of a name], or pytest. Real data: $MINSTEFALAND_REAL."""
+"""All tests, those of applications/tests.py too: python test_all.py [part of a name], or pytest.
+
+Real data: $MINSTEFALAND_REAL, or ../shared/real; tests that need it skip where it is not.
+"""
 
 import contextlib
 import io
@@ -96,13 +99,6 @@ def test_masks_hide_the_shares_asked_for():
     assert np.allclose(shares, [0.5, 0.25, 0.25, 0.6, 0.2], atol=0.03)
     several = small(p_always=0.0, windows=3)[0].draw_masks(4000, 120).dynamic[..., 0].any(1)
     assert abs(several.double().mean() - (1 - 0.5 ** 3)) < 0.03
-
-
-def test_variables_without_groups_are_hidden_one_by_one():
-    m = model.StefaLand(model.Config(("a", "b"), ("c", "d"), d_model=8, n_heads=2))
-    hidden = m.draw_masks(500, 40)
-    assert hidden.dynamic.shape == (500, 40, 2) and hidden.static.shape == (500, 2)
-    assert not torch.equal(hidden.static[:, 0], hidden.static[:, 1])
 
 
 def test_errors_are_summed_over_what_is_hidden_and_observed():
@@ -280,13 +276,8 @@ def test_archives_are_parsed_once_until_a_file_changes():
     path.write_text(path.read_text().replace("1.5", "2.5"))
     assert np.nanmax(data.load(spec, cache=cache).target[0]) == 2.5
     assert len(list(Path(cache).iterdir())) == 2            # nothing half-written is left
-
-
-def test_a_damaged_cache_says_what_to_delete():
-    spec, cache = f"camels:{archives()}", mkdtemp()
-    data.load(spec, cache=cache)
-    for path in Path(cache).rglob("forcing.npy"):
-        path.write_bytes(b"")
+    for file in Path(cache).rglob("forcing.npy"):
+        file.write_bytes(b"")
     raises(ValueError, "is damaged, delete it", data.load, spec, cache=cache)
 
 
@@ -336,16 +327,12 @@ def test_a_bad_value_is_refused_with_file_and_line():
         assert re.search(complaint, complaints(old, new)), (old, new, complaints(old, new))
 
 
-def test_a_site_that_two_files_hold_is_refused():
-    folder = archives()
-    spec = f"caravan:{folder},caravan:{folder}"
-    raises(ValueError, "have a site us_1", data.load, spec, cache=None)
-
-
-def test_unknown_sources_and_empty_folders_are_refused():
+def test_unknown_or_empty_sources_and_one_given_twice_are_refused():
     raises(FileNotFoundError, "nowhere", data.load, "caravan:/nowhere")
     raises(ValueError, "pigeon.*caravan", data.load, "pigeon:/")
     raises(ValueError, "no site found", data.load, f"caravan:{mkdtemp()}", cache=None)
+    twice = "caravan:{0},caravan:{0}".format(archives())
+    raises(ValueError, "have a site us_1", data.load, twice, cache=None)
 
 
 @needs_real_data
@@ -358,15 +345,6 @@ def test_real_archives_agree_on_their_common_gauges():
     flow, other = s.target[i].mean(1, where=seen), s.target[j].mean(1, where=seen)
     # in mm/d, and from ft3/s and area
     assert len(i) > 50 and abs(np.median(flow / other) - 1) < 0.02 and (fold[i] == fold[j]).all()
-
-
-@needs_real_data
-def test_real_basins_of_your_own_layout_are_read():
-    s = data.load(f"csv:{REAL / 'cookfarm'}", target="soil_moisture", cache=None)
-    assert len(s.ids) == 42 and {"precipitation", "tmax", "tmin", "pet"} < set(s.dynamic_names)
-    assert 0.1 < np.nanmean(s.target) < 0.5
-    s = data.load(f"csv:{REAL / 'eberg'}", cache=None)
-    assert len(s.ids) == 2776 and "clay" in s.static_names and s.forcing.shape[1:] == (365, 1)
 
 
 def test_pub_folds_are_of_a_site_whatever_other_sites_there_are():
@@ -443,7 +421,7 @@ def test_a_stopped_run_resumes_bit_for_bit():
     stopped, part = run(QUICK + " --save-every 3", out, stop="step 1/")
     resumed, same = run("--resume", out)
     assert "continue with --resume" in stopped and part["step"] < 8 == same["step"]
-    assert f"from step {part['step']}" in resumed and "static soil" in text
+    assert f"from step {part['step']}" in resumed and "R2 of hidden weather" in text
     close(same["model"], whole["model"], atol=0)
     raises(AssertionError, "other training sites", run, "--resume --fold 2", out)
 
@@ -609,17 +587,13 @@ def test_a_saved_model_predicts_what_its_run_predicted():
         raises(ValueError, "cannot be read", finetune.load, path.with_suffix(".pt"))
 
 
-def test_no_observation_of_a_test_site_reaches_a_model():
+def test_attributes_of_a_test_site_reach_a_model_and_observations_do_not():
     def forge(sites):
         test = data.folds(sites, "pub", 5) == 0
         return data.replace(sites, target=np.where(test[:, None], 7 * sites.target, sites.target))
     for variant in ("resconn", "lstm"):
         assert np.array_equal(quick_run(variant)["sim"], quick_run(variant, forge)["sim"])
-
-
-def test_attributes_of_test_sites_can_be_hidden():
-    seen, blind = quick_run("lstm")["sim"], quick_run("lstm", missing=1.0)["sim"]
-    assert not np.array_equal(seen, blind)
+    assert not np.array_equal(quick_run("lstm")["sim"], quick_run("lstm", missing=1.0)["sim"])
 
 
 def test_a_checkpoint_that_has_seen_test_sites_is_refused():
@@ -784,9 +758,12 @@ def test_the_table_says_which_runs_have_seen_test_sites():
 
 
 if __name__ == "__main__":
-    parts = sys.argv[1:] or [""]
-    chosen = [unittest.FunctionTestCase(test) for name, test in [*globals().items()]
-              if name.startswith("test_") and any(part in name for part in parts)]
+    import test_all                         # this file as a module, which the other one imports
+    from applications import tests
+    chosen, parts = [], sys.argv[1:] or [""]
+    for name, test in [*vars(test_all).items(), *vars(tests).items()]:
+        if name.startswith("test_") and any(part in name for part in parts) and callable(test):
+            chosen.append(unittest.FunctionTestCase(test, description=name))
     result = unittest.TextTestRunner(verbosity=2).run(unittest.TestSuite(chosen))
     failed, skipped = len(result.failures + result.errors), len(result.skipped)
     print(f"{len(chosen) - failed - skipped} passed, {failed} failed, {skipped} skipped")

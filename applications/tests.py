@@ -1,0 +1,583 @@
+"""Tests of the applications; python test_all.py runs them with its own."""
+
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+from tempfile import mkdtemp
+from unittest import SkipTest, mock
+
+import numpy as np
+import torch
+from numpy import nan
+
+import data
+import eval as evaluate
+import finetune
+import train
+from applications import (adapters, alphaearth, blocks, common, dynamic_world, figures, height,
+                          landslide, reconstruction, release, soil_moisture)
+from test_all import (FILES, REAL, archives, checkpoint, close, needs_real_data, out_with_encoder,
+                      quick_run, raises, tune)
+
+
+
+# soil_moisture.py and soil.py
+
+PROFILES = {  # of small archives of the ISMN and of WoSIS, with | between the lines
+    "net/s1/net_net_s1_sm_0.05_X.stm": "net net s1 45.0 9.0 120 .05 .05 X-1|2000/01/01 00:00 0.2 "
+        "G M|2000/01/01 12:00 0.3 G M|2000/01/01 13:00 0.9 D01 M|2000/01/03 00:00 0.125 G M",
+    "net/s1/net_net_s1_sm_0.20_X.stm": "net net s1 45.0 9.0 120 .2 .2 X-2|2000/01/01 00:00 0.4 G M",
+    "net/s2/net_net_s2_sm_0.05_X.stm": "net net s2 46.0 9.0 90 .05 .05 X|2000/01/01 00:00 0.4 G M",
+    "net/s1/s1.csv": "date,precipitation|2000-01-01,3|2000-01-02,0",
+    "w_profiles.tsv": "profile_id\tlatitude\tlongitude|7\t10\t20|8\t11\t21|9\t12\t22",
+    "w_physical.tsv": "profile_id\tupper_depth\tlower_depth\tclay_value_avg\tsilt_value_avg\t"
+        "sand_value_avg|7\t0\t10\t10\t20\t70|7\t10\t50\t40\t20\t40|8\t0\t30\t10\t10\t10|"
+        "9\t0\t20\t\t50\t50"}
+
+
+def profiles(old="", new="", only=""):
+    """As archives(), with PROFILES."""
+    with mock.patch.dict(FILES, PROFILES, clear=True):
+        return archives(old, new, only)
+
+
+def test_ismn_gives_daily_means_of_good_values_at_the_shallowest_sensor():
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        s = data.load(f"ismn:{profiles()}", "soil_moisture", cache=None)
+    assert s.ids.tolist() == ["net_s1"] and s.dynamic_names == ("precipitation",)
+    np.testing.assert_equal(s.latlon, [[45, 9]])
+    np.testing.assert_equal(s.static, [[120]])
+    np.testing.assert_equal(s.forcing, [[[3], [0], [nan]]])
+    np.testing.assert_allclose(s.target, [[0.25, nan, 0.125]])
+    assert re.search("s2_sm_0.05_X.stm: skipped, there is no s2.csv", said.getvalue())
+
+
+def test_damaged_ismn_files_are_refused_with_file_and_line():
+    for old, new, complaint in (
+            ("45.0 9.0", "45.0", "0.05_X.stm, line 1: 8 fields, expected 9"),
+            ("45.0", "95.0", "net_s1 has the latitude 95"), ("45.0", "x", "line 1: lat is 'x'"),
+            ("0.125 ", "0,125 ", "0.05_X.stm, line 5: value is '0,125'"),
+            ("2000/01/03", "2000/13/03", "0.05_X.stm, line 5: date is '2000/13/03'"),
+            ("date,", "day,", "s1.csv: no column date")):
+        raises(ValueError, complaint, data.load, f"ismn:{profiles(old, new, 's1')}", cache=None)
+
+
+def test_wosis_gives_the_texture_of_the_upper_30_cm():
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        s = data.load(f"wosis:{profiles()}", cache=None)
+    assert s.ids.tolist() == ["7"] and s.static_names == ("clay", "silt", "sand")
+    np.testing.assert_allclose(s.static, [[30, 20, 50]])    # 10 cm of one layer, 20 of the other
+    np.testing.assert_equal(s.latlon, [[10, 20]])
+    assert "2 of 3 profiles left out" in said.getvalue()    # adds up to 30 %; has no clay
+
+
+def test_gauges_are_known_by_their_attributes_alone_each_once():
+    folder = archives("us_9,no series", "hysets_us_1,twice")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        s = data.load(f"gauges:{folder}", cache=None)
+    assert s.ids.tolist() == ["hysets_us_1", "us_2"]        # in the order of their names
+    assert s.forcing.shape == (2, 365, 1) and np.isnan(s.forcing).all()
+    assert "3 gauges, of which 0 left out" in said.getvalue() and "1 twice" in said.getvalue()
+
+
+def test_gauges_of_which_little_is_known_are_left_out():
+    folder = archives()
+    table = folder / "attributes/us/attributes_other_us.csv"
+    more = folder / "attributes/us/attributes_caravan_us.csv"
+    columns = "gauge_id,frac_snow,p_seasonality,ele_mt_sav,kar_pc_sse"
+    more.write_text(f"{columns}\nus_1,1,1,1,1\n")           # 10 with coordinates; the others: 4
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        s = data.load(f"gauges:{folder}", cache=None)
+    assert s.ids.tolist() == ["us_1"] and "3 gauges, of which 2 left out" in said.getvalue()
+    more.unlink(), table.unlink()
+    raises(ValueError, "no site found", data.load, f"gauges:{mkdtemp()}", cache=None)
+
+
+def test_texture_and_what_is_derived_of_it_are_no_inputs_of_a_texture_task():
+    sites = data.load(quick=True)
+    renamed = [{"forest": "soil_porosity", "pasture": "water_capacity"}.get(name, name)
+               for name in sites.static_names]
+    sites = data.replace(sites, static_names=tuple(renamed))
+    for part in ("clay", "silt", "sand"):
+        blind = finetune.TASKS[part].prepare(sites, None)
+        hidden = np.isin(renamed, ("clay", "silt", "sand", "soil_porosity", "water_capacity"))
+        assert np.array_equal(np.isnan(blind.static).all(0), hidden)
+        np.testing.assert_equal(blind.static[:, ~hidden], sites.static[:, ~hidden])
+        np.testing.assert_equal(blind.target, sites.static[:, renamed.index(part)])
+    lacking = data.replace(sites, static_names=("x", *renamed[1:3], "y", *renamed[4:]))
+    prepare = finetune.TASKS["clay"].prepare
+    raises(ValueError, "no attribute clay", prepare, lacking, finetune.Options())
+    assert np.isnan(prepare(lacking, None).target).all()    # where a trained model predicts
+
+
+def test_a_value_per_site_is_predicted_at_the_held_out_sites():
+    out, sites = out_with_encoder(), data.load(quick=True)
+    common.main("clay", "", argv=f"--quick --model resconn,mlp,glm --out {out}".split())
+    clay = sites.static[data.folds(sites, "pub", 5) == 0, sites.static_names.index("clay")]
+    for name, (result,) in evaluate.load_runs(out)["clay synthetic pub5"].items():
+        assert np.array_equal(result["obs"][:, 0], clay[~np.isnan(clay)]), name
+        assert np.isfinite(result["sim"]).all() and result["sim"].shape == result["obs"].shape, name
+
+
+def test_an_application_pretrains_with_its_readers():
+    out = mkdtemp()
+    command = f"train --quick --steps 2 --seq-len 1 --holdout none --data gauges:{archives()}"
+    common.main("clay", "", argv=[*command.split(), "--out", out])
+    _, saved = train.load_checkpoint(Path(out, "pretrained.pt"))
+    assert saved["ids"] == ["us_1", "us_2", "us_9"] and saved["step"] == 2
+
+
+# landslide.py
+
+def slopes(points="713255,9559875,TRUE,1,2,3,4,5|713030,9559875,FALSE,1,2,3,4,5", **raster):
+    """An archive of two points on a raster of 40 x 50 cells; the second is too near the edge."""
+    folder = Path(mkdtemp())
+    text = f"x,y,lslpts,slope,cplan,cprof,elev,log10_carea|{points}"
+    (folder / "points.csv").write_text(text.replace("|", "\n"))
+    maps = np.arange(2.0 * 40 * 50).reshape(2, 40, 50)
+    grid = dict(ta=maps, xmin=713_000.0, ymax=9_560_000.0, res=10.0)
+    np.savez(folder / "raster.npz", **grid | raster)
+    return folder
+
+
+def test_a_patch_lies_round_its_point():
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        s = data.load(f"landslide:{slopes()}", "landslide", cache=None)
+    maps = np.arange(2.0 * 40 * 50).reshape(2, 40, 50)      # the point: 255 m east, 125 m south
+    np.testing.assert_equal(s.extra["patch"], maps[None, :, 12 - 8:12 + 9, 25 - 8:25 + 9])
+    assert s.target.tolist() == [1] and s.static.shape == (1, 5)
+    assert "points.csv, line 3: skipped, its patch leaves the raster" in said.getvalue()
+
+
+@needs_real_data
+def test_the_centre_of_a_patch_is_the_raster_cell_of_its_point():
+    s = data.load(f"landslide:{REAL / 'landslide'}", "landslide", cache=None)
+    assert s.extra["patch"].shape == (347, 5, 17, 17) and abs(s.target.mean() - 0.5) < 0.02
+    slope = s.static[:, s.static_names.index("slope")]
+    assert np.corrcoef(s.extra["patch"][:, 0, 8, 8], slope)[0, 1] > 0.99
+
+
+def test_damaged_landslide_archives_are_refused():
+    for folder, complaint in (
+            (slopes("713255,9559875,maybe,1,2,3,4,5"), "points.csv, line 2: lslpts is 'maybe'"),
+            (slopes("713255,,TRUE,1,2,3,4,5"), "points.csv, line 2: y is ''"),
+            (slopes(res=0.0), "raster.npz: cells of 0.0 m"), (slopes(xmin=nan), "nan, 9560000"),
+            (slopes(ta=np.zeros((4, 5))), "raster.npz: ta has the shape")):
+        raises(ValueError, complaint, data.load, f"landslide:{folder}", "landslide", cache=None)
+    (folder / "raster.npz").unlink()
+    raises(FileNotFoundError, r"no file \*.npz", data.load, f"landslide:{folder}", cache=None)
+
+
+def test_synthetic_slopes_slide_where_they_are_steep():
+    sites = landslide.add_synthetic_slopes(data.load(), None)
+    steep = sites.extra["patch"][:, 1, 8, 8]
+    assert set(sites.target) == {0, 1} and 0.2 < sites.target.mean() < 0.4
+    assert steep[sites.target == 1].mean() > steep[sites.target == 0].mean() + 3
+    assert landslide.add_synthetic_slopes(sites, None) is sites     # real patches stay
+
+
+def test_glm_does_not_see_the_patch_and_cnn_nothing_else():
+    def forged(**changes):
+        def change(sites):
+            sites = landslide.add_synthetic_slopes(sites, None)
+            patch = sites.extra["patch"] * changes.get("patch", 1)
+            return data.replace(sites, static=sites.static * np.float32(changes.get("static", 1)),
+                                extra=sites.extra | {"patch": patch})
+        return change
+
+    def differs(variant, **changes):                        # -1: the same steps, other inputs
+        return not np.array_equal(quick_run(variant, forged(), task="landslide")["sim"],
+                                  quick_run(variant, forged(**changes), task="landslide")["sim"])
+    assert differs("cnn", patch=-1) and not differs("cnn", static=-1)
+    assert differs("glm", static=-1) and not differs("glm", patch=-1)
+    assert differs("resconn", patch=-1) and differs("resconn", static=-1)
+
+
+# alphaearth.py, adapters.py and release.py
+
+def three_sites():
+    folder = archives()
+    return data.load(f"caravan:{folder},camels:{folder}", cache=None)   # us_1, us_2, 01013500
+
+
+def test_vectors_are_joined_by_place_within_5_km():
+    s, path = three_sites(), Path(mkdtemp(), "points.npz")
+    np.savez(path, lat=[40.5, 47.22, nan], lon=[-75, -68.6, 0], v=np.eye(3, 64, dtype="f4"))
+    vectors = alphaearth.join_vectors(s, path)              # the last site is 2 km away
+    np.testing.assert_equal(vectors[:, :2], [[1, 0], [nan, nan], [0, 1]])
+    np.savez(path, lat=[40.56], lon=[-75], v=np.ones((1, 64)))                  # 6.7 km
+    raises(ValueError, "points.npz: has a vector for none", alphaearth.join_vectors, s, path)
+    np.savez(path, lat=[40.5], lon=[375], v=np.ones((1, 64)))
+    raises(ValueError, "points.npz: latitude and longitude .*375", alphaearth.join_vectors, s, path)
+
+
+def table_of_vectors(*ids, key="id"):
+    path = Path(mkdtemp(), "points.csv")
+    rows = [",".join([key, *(f"A{i:02d}" for i in range(64))])] + [i + 64 * ",0.5" for i in ids]
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_vectors_are_joined_by_id():
+    s, path = three_sites(), table_of_vectors("us_2", "elsewhere")
+    np.testing.assert_equal(alphaearth.join_vectors(s, path)[:, 0], [nan, 0.5, nan])
+    path = path.with_suffix(".npz")
+    np.savez(path, id=["01013500", "us_1"], v=np.eye(2, 64))
+    np.testing.assert_equal(alphaearth.join_vectors(s, path)[:, :2], [[0, 1], [nan, nan], [1, 0]])
+
+
+def test_files_of_vectors_that_cannot_be_joined_are_refused():
+    s, path = three_sites(), Path(mkdtemp(), "points.npz")
+    for file, complaint in ((table_of_vectors("us_2", "us_2"), "the id .*us_2.* twice"),
+                            (table_of_vectors("x"), "a vector for none of the sites"),
+                            (table_of_vectors("x", key="name"), "no column lat, lon")):
+        raises(ValueError, complaint, alphaearth.join_vectors, s, file)
+    for arrays, complaint in ((dict(v=np.ones((1, 63))), r"no array \(n, 64\) among \['v'\]"),
+                              (dict(v=np.ones((1, 64))), "no array lat"),
+                              (dict(v=np.ones((1, 64)), id=[3]), "id holds int64, not text"),
+                              (dict(v=np.ones((2, 64)), id=["a"]), "id has the shape")):
+        np.savez(path, **arrays)
+        raises(ValueError, complaint, alphaearth.join_vectors, s, path)
+
+
+@needs_real_data
+def test_every_real_point_has_an_ndvi_or_none_and_its_vector():
+    s = data.load(f"alphaearth:{REAL / 'alphaearth'}", cache=None)
+    vectors = alphaearth.join_vectors(s, REAL / "alphaearth/embeddings.npz")
+    assert len(s.ids) == 1270 and s.static_names == ("ndvi",) and np.isnan(s.static).sum() == 377
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=0.2)
+    assert np.isnan(finetune.TASKS["ndvi"].prepare(s, None).static).all()
+
+
+def test_experts_are_weighted_by_their_gate():
+    torch.manual_seed(0)
+    layer, x = adapters.Experts(8, n=3), torch.randn(2, 5, 8)
+    weight = torch.softmax(x @ layer.gate.weight.T + layer.gate.bias, -1)
+    expected = 0
+    for k in range(3):
+        own = slice(8 * k, 8 * k + 8)
+        answer = x @ layer.experts.weight[own].T + layer.experts.bias[own]
+        expected = expected + weight[..., k:k + 1] * answer
+    close(layer(x), expected)
+
+
+def released():
+    """The state dict of the authors' network, and the file that it stands in."""
+    file = np.load(REAL / "release/release_io.npz")
+    return {key[6:]: file[key] for key in file.files if key.startswith("state/")}, file
+
+
+@needs_real_data
+def test_the_released_network_returns_what_theirs_returned():
+    state, file = released()
+    network = release.from_release(state, int(file["heads"]))
+    assert [*network.dynamic_names] == [*file["dynamic_names"]] and not network.training
+    assert [*network.static_names] == [*file["static_names"]]
+    differences = release.differences(REAL / "release/release_io.npz")
+    assert len(differences) == 5 and max(differences.values()) < 1e-5, differences
+
+
+@needs_real_data
+def test_a_release_with_a_key_too_many_or_too_few_is_refused():
+    state, file = released()
+    raises(ValueError, "not understood .*surprise", release.from_release,
+           state | {"surprise": file["x"]}, 4)
+    for key in ("decoder_norm.bias", "positional_encoding.position_embedding"):
+        fewer = {name: value for name, value in state.items() if name != key}
+        raises(ValueError, "missing .*(decoder_norm.bias|position)", release.from_release, fewer, 4)
+
+
+# reconstruction.py and figures.py
+
+def test_reconstruction_stands_beside_its_yardsticks():
+    out = out_with_encoder()
+    rows, n = reconstruction.reconstruction(out)
+    sites = data.load(quick=True)
+    assert n == (~np.isin(sites.ids, checkpoint()[1]["ids"]) & (data.folds(sites, "pub", 5) > 0)).sum()
+    assert [group for kind, group, *_ in rows if kind == "static"] == [
+        "climate", "geology", "soil", "terrain", "vegetation"]
+    yardstick = {group: theirs for kind, group, _, theirs in rows if kind == "dynamic"}
+    assert yardstick["temperature"] > 0.01 and abs(yardstick["precipitation"]) < 0.1
+
+
+def test_ridge_regression_and_r_squared():
+    rng = np.random.default_rng(0)
+    x, noise = rng.normal(3, 1, (200, 5)), rng.normal(size=200)
+    y = x @ [1, -2, 0, 0, 3] + 1 + 0.1 * noise
+    y[:5] = nan
+    guess = torch.tensor(reconstruction.ridge(x[:150], y[:150], x[150:]))[:, None]
+    useless = reconstruction.ridge(x[:150], noise[:150], x[150:])
+    assert np.abs(useless - noise[:150].mean()).max() < 0.5
+    truth, half = torch.tensor(y[150:, None]), torch.arange(50)[:, None] < 25
+    assert reconstruction.r_squared(truth, guess, half | True) > 0.99
+    assert abs(reconstruction.r_squared(truth, 0 * guess + truth.mean(), half | True)) < 1e-9
+    assert reconstruction.r_squared(truth, torch.where(half, guess, 1e6), half) > 0.99
+    assert np.isnan(reconstruction.r_squared(truth * nan, guess, half))
+
+
+def test_figures_are_drawn_of_runs_and_of_a_checkpoint():
+    try:
+        import matplotlib
+    except ImportError:
+        raise SkipTest("no matplotlib") from None
+    raises(FileNotFoundError, "start with train.py", figures.main, ["--out", mkdtemp()])
+    out = out_with_encoder()
+    tune("--model resconn,lstm", out)
+    tune("--model resconn --labelled 20", out)
+    figures.main(["--out", out])
+    written = {path.name: path.read_bytes() for path in Path(out).glob("*.png")}
+    assert written.keys() == {
+        "streamflow-synthetic-pub5.png", "streamflow-synthetic-pub5_labelled-20.png",
+        "labels.png", "reconstruction.png"}
+    for name, picture in written.items():
+        assert picture[:4] == b"\x89PNG" and len(picture) < 200_000, name
+
+
+def test_figures_say_what_they_cannot_draw():
+    out = out_with_encoder()
+    path, saved = Path(out, "pretrained.pt"), checkpoint()[1]
+    torch.save(saved | {"options": saved["options"] | {"data": "nowhere:DIR"}}, path)
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        figures.main(["--out", out])                        # needs no matplotlib
+    assert "reconstruction.png is not drawn: data 'nowhere'" in text.getvalue()
+    with mock.patch.dict(sys.modules, {"matplotlib": None}):
+        raises(SystemExit, "pip install matplotlib", figures.new_figure, 1, 1)
+
+
+# dynamic_world.py
+
+@needs_real_data
+def test_dynamic_world_equals_the_released_network():
+    z = np.load(REAL / "dynamicworld/reference_io.npz")
+    network = dynamic_world.DynamicWorld.from_release(REAL / "dynamicworld/forward")
+    x = dynamic_world.normalize(z["s2_raw"])                                    # (5, H, W, 9)
+    close(x, z["normalized"])
+    with torch.no_grad():
+        logits = network(torch.from_numpy(x).permute(0, 3, 1, 2))               # (5, 9, H, W)
+    close(logits.permute(0, 2, 3, 1), torch.from_numpy(z["logits"]), atol=1e-4)
+
+
+def test_shares_of_land_cover_by_month_are_those_counted_by_hand():
+    classes = np.array([[[8, 8]], [[8, 1]], [[1, 4]]])                          # (3, 1, 2)
+    clear = np.array([[[1, 1]], [[0, 1]], [[1, 1]]], bool)
+    dates = np.array(["2020-01-05", "2020-01-25", "2020-06-01"], "M8[D]")
+    months = dynamic_world.monthly(classes, clear, dates)
+    assert [*months] == ["2020-01", "2020-06", "all"]
+    close(months["2020-01"], np.array([0, 1 / 3, 0, 0, 0, 0, 0, 0, 2 / 3, 3 / 4]))
+    close(months["2020-06"], np.array([0, 1 / 2, 0, 0, 1 / 2, 0, 0, 0, 0, 1]))
+    close(months["all"], np.array([0, 5 / 12, 0, 0, 1 / 4, 0, 0, 0, 1 / 3, 7 / 8]))
+
+
+def test_a_month_behind_clouds_has_no_shares_and_no_part_in_the_year():
+    classes, clear = np.full((2, 1, 2), 4), np.array([[[0, 0]], [[1, 1]]], bool)
+    months = dynamic_world.monthly(classes, clear, np.array(["2020-01-05", "2020-06-01"], "M8[D]"))
+    assert np.isnan(months["2020-01"][:9]).all() and months["2020-01"][9] == 0
+    assert months["all"][4] == 1 and months["all"][9] == 0.5
+
+
+def test_weights_of_dynamic_world_that_are_cut_short_are_refused():
+    folder, from_release = mkdtemp(), dynamic_world.DynamicWorld.from_release
+    file = Path(folder, "variables", "variables.data-00000-of-00001")
+    raises(FileNotFoundError, "variables.data-00000-of-00001", from_release, folder)
+    file.parent.mkdir()
+    np.zeros(231_209, "<f4").tofile(file)                   # all that the network has
+    from_release(folder)
+    file.write_bytes(file.read_bytes()[:-1])
+    raises(ValueError, "231208 values, expected 231209", from_release, folder)
+
+
+def write_scenes(folder, **changes):
+    """Two scenes of 4 x 5 pixels and a cloud mask for the first; `changes` replace its arrays."""
+    arrays = {"s2_l1c": np.full((2, 4, 5, 9), 0.1), "s2_bands": np.array([*dynamic_world.BANDS]),
+              "s2_dates": np.array(["2020-03-01T10:00:00", "2020-02-01T10:00:00"]),
+              "clm": np.ones((1, 4, 5)), "ndvi_dates": np.array(["2020-03-01T10:00:00"])}
+    np.savez(Path(folder, "scenes.npz"), **arrays | changes)
+
+
+def test_scenes_come_by_date_with_clouds_and_gaps_marked():
+    folder, reflectance = mkdtemp(), np.full((2, 4, 5, 9), 0.1)
+    reflectance[1, 0, 0, 3], reflectance[1, 0, 1, 0] = nan, -9999
+    write_scenes(folder, s2_l1c=reflectance)
+    dates, scenes, clear = dynamic_world.read_scenes(folder)
+    assert dates.astype(str).tolist() == ["2020-02-01", "2020-03-01"]
+    assert clear[0].sum() == 18 and not clear[0, 0, :2].any() and not clear[1].any()
+    assert np.isnan(scenes[0, 0, :2]).all() and np.allclose(scenes[1], 1000)
+
+
+def test_scenes_that_do_not_fit_are_refused_by_name():
+    folder, read = mkdtemp(), dynamic_world.read_scenes
+    raises(FileNotFoundError, "no file .*npz", read, folder)
+    good = np.full((2, 4, 5, 9), 0.1)
+    for changes, complaint in (
+            ({"s2_l1c": good[0]}, r"s2_l1c has the shape \(4, 5, 9\), expected .*'T', 'H'"),
+            ({"s2_l1c": good[:0]}, r"s2_l1c has the shape \(0,"),
+            ({"s2_l1c": np.where(good > 0, np.inf, good)}, "s2_l1c is float64 with .*infinities"),
+            ({"s2_l1c": good.astype(str)}, "s2_l1c is <U.* not numbers"),
+            ({"s2_bands": np.array(["B02"] * 9)}, "s2_bands is .*expected .*'B12'"),
+            ({"s2_dates": np.array(["2020-02-01"])}, r"s2_dates has the shape \(1,\), .*\(2,\)"),
+            ({"s2_dates": np.array(["2020-02-31", "2020-03-01"])}, "s2_dates has '2020-02-31'"),
+            ({"s2_dates": np.array(["2020", "2021"])}, "s2_dates has '2020', expected"),
+            ({"clm": np.ones((1, 4, 4))}, r"clm has the shape \(1, 4, 4\), expected \(1, 4, 5\)")):
+        write_scenes(folder, **changes)
+        raises(ValueError, "scenes.npz: " + complaint, read, folder)
+    np.savez(Path(folder, "scenes.npz"), s2_l1c=good)
+    raises(ValueError, "scenes.npz: no array s2_bands, it has .*s2_l1c", read, folder)
+    whole = Path(folder, "scenes.npz").read_bytes()
+    Path(folder, "scenes.npz").write_bytes(whole[:len(whole) // 2])
+    raises(ValueError, "scenes.npz is no npz, or damaged", read, folder)
+
+
+# height.py, blocks.py and common.py
+
+def test_every_node_of_a_unet_takes_part():
+    x = torch.randn(2, 5, 24, 32)
+    for nested, nodes in ((False, 4 + 3), (True, 4 + 3 + 2 + 1)):
+        network = height.UNet(5, 3, nested, width=8)
+        y = network(x)
+        assert y.shape == (2, 3, 24, 32) and len(network.nodes) == nodes
+        y.square().sum().backward()
+        for name, weight in network.named_parameters():
+            assert weight.grad.abs().sum() > 0, name
+        raises(ValueError, "28 x 32, not multiples of 8", network, torch.randn(2, 5, 28, 32))
+
+
+def test_blocks_hold_each_pixel_once_and_show_their_margin():
+    image = np.arange(2.0 * 30 * 50).reshape(2, 30, 50)
+    cut = blocks.cut(image, image[0], "a test")
+    assert cut.image.shape == (2 * 3, 2, 40, 40) and cut.target.shape == (2 * 3, 40, 40)
+    assert sorted(cut.target[~np.isnan(cut.target)]) == [*range(30 * 50)]
+    assert cut.ids[4] == "block_01_01"
+    assert np.array_equal(cut.image[4][:, 10:20, 10:30], image[:, 20:30, 20:40])
+    known = ~np.isnan(cut.target[4])
+    assert np.array_equal(cut.target[4][known], cut.image[4, 0][known])
+    assert known[10:20, 10:30].all() and known.sum() == 10 * 20     # none in margin or padding
+    assert np.array_equal(cut.image[1][:, :, :10], cut.image[0][:, :, 20:30])
+    for complaint, x, y in (("image of .30, 50. pixels, a map of .30, 49.", image, image[0, :, 1:]),
+                            ("no pixel of the map", image, image[0] * nan),
+                            ("without data", image * nan, image[0])):
+        raises(ValueError, "a test: .*" + complaint, blocks.cut, x, y, "a test")
+
+
+def test_crop_turns_map_and_image_together_less_the_edges():
+    image = torch.arange(3.0 * 40 * 40).view(3, 1, 40, 40)
+    target = torch.full((3, 40, 40), nan)
+    target[:, 10:30, 10:30] = image[:, 0, 10:30, 10:30]
+    corners = set()
+    for seed in range(20):
+        y, x = height.crop(target, image, 2, np.random.default_rng(seed))
+        known = ~y.isnan()
+        assert y.shape == (3, 32, 32) and x.shape == (3, 1, 32, 32)
+        assert (known.sum((1, 2)) == 16 * 16).all() and torch.equal(y[known], x[:, 0][known])
+        corners.add(y[0][known[0]][0].item())               # the first known pixel
+    assert len(corners) == 4                                # of the block: it has been turned
+
+
+def test_split_keeps_the_fold_and_unknown_blocks_out_of_training():
+    cut = blocks.load("synthetic", "height")
+    cut.target[::7] = nan
+    fold_of = data.folds(cut, "pub", 5)
+    parts = blocks.split(cut, fold_of, 0, np.random.default_rng(0))
+    training, validation, test = parts
+    together = np.concatenate(parts)
+    known = ~np.isnan(cut.target).all((1, 2))
+    assert sorted(together) == np.flatnonzero(known).tolist()       # each once
+    assert np.array_equal(test, np.flatnonzero(known & (fold_of == 0)))
+    assert len(validation) == (len(training) + len(validation)) // 7
+    raises(ValueError, "fold 5: 0 test", blocks.split, cut, fold_of, 5, np.random.default_rng(0))
+
+
+def test_height_learns_and_never_sees_the_map_of_test_blocks():
+    o = height.Options(steps=30, batch_size=8, out=mkdtemp())
+    cut = blocks.load("synthetic", "height")
+    fold_of = data.folds(cut, "pub", 5)
+    first = height.run(o, "unet", cut, fold_of, 0, 0)
+    assert evaluate.value_scores(first["obs"], first["sim"])["R2"] > 0.5
+    cut.target[fold_of == 0] += 999
+    second = height.run(o, "unet", cut, fold_of, 0, 0)
+    assert np.array_equal(first["sim"], second["sim"]) and second["obs"].min() > 999
+
+
+def test_land_cover_learns_and_weights_classes_by_rarity():
+    o = height.Options(task="landcover", steps=30, batch_size=8, out=mkdtemp())
+    cut = blocks.load("synthetic", "landcover")
+    result = height.run(o, "unet", cut, data.folds(cut, "pub", 5), 0, 0)
+    assert height.class_map_scores(result["obs"], result["sim"])["balanced"] > 0.7
+    target = np.array([[[0, 0, 0, 1]], [[2, 2, 2, nan]]], "f4")                 # the second: a test
+    task = height.LandCover(target, np.array([0]))
+    assert task.outputs == 3
+    close(task.rarity, torch.tensor([4 / 3 / 3, 4 / 3, 4 / 3]))
+
+
+def test_scores_of_a_class_map_equal_their_formulas():
+    obs, sim = np.array([[0, 1], [1, 1], [nan, nan]]), np.array([[0, 0], [1, 1], [0, 1]])
+    close(height.class_map_scores(obs, sim), {
+        "balanced": (1 + 2 / 3) / 2, "accuracy": 3 / 4, "f1 0": 2 / 3, "f1 1": 4 / 5})
+
+
+def tile(image, target):
+    """A folder with the files of tiles:DIR."""
+    folder = Path(mkdtemp())
+    np.save(folder / "x.npy", image)
+    np.save(folder / "y.npy", target)
+    return f"tiles:{folder}"
+
+
+def test_tiles_are_decoded_and_their_marks_of_no_data_known():
+    image, target = np.full((1, 20, 20), -51, np.int8), np.full((20, 20), 7.0)
+    target[0] = -9999
+    cut = blocks.load(tile(image, target), "height")
+    assert np.allclose(cut.image, -0.16)                    # -(51 / 127.5)^2
+    assert (cut.target == 7).sum() == 19 * 20 and np.isnan(cut.target[0, 10]).all()
+    image[0, 5, 5] = -128                                   # AlphaEarth's mark
+    raises(ValueError, "tiles:.*without data", blocks.load, tile(image, target), "height")
+    raises(ValueError, "the classes .0.5., expected 0, 1, 2",
+           blocks.load, tile(np.zeros((1, 2, 2)), np.array([[0, 1], [0.5, nan]])), "landcover")
+    raises(ValueError, "x.npy: x has the shape .2, 2., expected the axes 'chw'",
+           blocks.load, tile(np.zeros((2, 2)), np.zeros((2, 2))), "height")
+    raises(FileNotFoundError, "no file x.npy", blocks.load, f"tiles:{mkdtemp()}", "height")
+    raises(FileNotFoundError, "no folder '/nowhere'", blocks.load, "tiles:/nowhere", "height")
+    raises(ValueError, "pigeon.*expected synthetic, tiles:DIR or s2:DIR",
+           blocks.load, "pigeon:/", "height")
+
+
+def test_height_command_writes_maps_and_weights_and_prints_a_table():
+    out = mkdtemp()
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        height.main(f"--quick --model pixel --fold 0,1 --out {out}".split())
+    assert re.search(r"2 pub folds at once.*\npixel .*R2 \S+ ± .*nmad", text.getvalue())
+    files = sorted(path.name for path in Path(out, "height").iterdir())
+    assert files == [f"height synthetic pub5, pixel, fold {k}, seed 0.{end}"
+                     for k in (0, 1) for end in ("npz", "pt")]
+    result = np.load(Path(out, "height", files[0]))
+    assert result["obs"].shape == result["sim"].shape == (len(result["ids"]), 20, 20)
+    assert np.isfinite(result["sim"]).all()
+    saved = torch.load(Path(out, "height", files[1]), weights_only=True)
+    height.MODELS["pixel"](64, 1).load_state_dict(saved["weights"])
+    raises(ValueError, "--model vnet: expected one of unet", height.main, ["--model", "vnet"])
+    raises(ValueError, "--buffer 10 leaves no pixel", height.main,
+           f"--quick --model pixel --buffer 10 --out {out}".split())
+
+
+def test_npz_is_refused_by_file_and_array():
+    path = Path(mkdtemp(), "a.npz")
+    np.savez(path, lat=[1.0, 2.0], v=np.ones((3, 4)), far=[np.inf], name=["x", "y"], none=[],
+             scale=2.0)
+    arrays = common.read_npz(path, text=["name"], lat="n", name="n", v="mk", scale="")
+    assert arrays["v"].shape == (3, 4) and set(arrays) >= {"lat", "name"}
+    for complaint, axes in (
+            ("no array lon among lat, v, far", dict(lon="n")),
+            (r"v has the shape \(3, 4\), expected 'nk' with n = 2", dict(lat="n", v="nk")),
+            (r"lat has the shape \(2,\), expected the axes 'nk'", dict(lat="nk")),
+            ("none has .* empty", dict(none="n")), ("far holds an infinite", dict(far="n")),
+            ("name holds <U1, not numbers", dict(name="n"))):
+        raises(ValueError, "a.npz: " + complaint, common.read_npz, path, **axes)
+    raises(ValueError, "lat holds float64, not text", common.read_npz, path, ["lat"], lat="n")
+    whole = path.read_bytes()
+    for content in (b"", b"text", whole[:-30], whole[:200], whole.replace(b"\xf0\x3f", b"\xf1\x3f")):
+        path.write_bytes(content)
+        raises(ValueError, "a.npz: ", common.read_npz, path)
+    np.savez(path, x=np.array([{}]))                        # a pickle: could be code
+    raises(ValueError, "a.npz: .*pickle", common.read_npz, path)
+    raises(FileNotFoundError, "no file .*tsv", common.one_file, path.parent, "*.tsv")
