@@ -26,7 +26,6 @@ from train import Windows, load_checkpoint
 
 ORDER = ("resconn", "lstm", "noresconn", "linear", "scratch", "direct")     # others follow by name
 SCORE = {"series": "NSE", "value": "absolute error", "class": "error of the probability"}
-SERIES = {"streamflow": "streamflow (mm/d)", "soil_moisture": "soil moisture (m3/m3)"}
 GREY = "0.85"
 LOOK = {"axes.titlesize": "medium", "axes.axisbelow": True, "date.converter": "concise",
         "grid.color": GREY, "legend.fontsize": 9, "legend.handlelength": 1.2,
@@ -122,7 +121,7 @@ def draw_hydrograph(axis, site, runs, colour, label):
     if not axis.lines:                                      # of the first model drawn here
         axis.plot(run["dates"][days], obs[days], "k", label="observed")
     axis.plot(run["dates"][days], sim[days], color=colour, label=label)
-    axis.set_ylabel(SERIES.get(run["task"], run["task"]))
+    axis.set_ylabel(f"{run['task']} ({run['unit']})")
     axis.margins(x=0)
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)   # above it
 

@@ -47,7 +47,7 @@ def read_ismn(folder):
 
 
 data.READERS["ismn"] = read_ismn
-finetune.TASKS["soil_moisture"] = finetune.Task("soil_moisture")
+finetune.TASKS["soil_moisture"] = finetune.Task("soil_moisture", "m3/m3")
 
 if __name__ == "__main__":
     common.main("soil_moisture", __doc__)
