@@ -84,9 +84,19 @@ def test_groups_are_hidden_together_within_one_window_of_30_to_90_days():
     assert not torch.equal(p, tmax) and not torch.equal(clay, height)
     assert set(p.sum(1).tolist()) - {0} == set(range(30, 91))
     assert (p[:, 1:] != p[:, :-1]).sum(1).max() <= 2
-    edges = p[p.any(1)].double().mean(0)                    # any start is as likely
-    assert abs(edges[:60].mean() - edges[60:].mean()) < 0.02
     assert not area.any()                                   # "context" is never hidden
+    m, *_ = small(p_always=0.0, windows=1, window_days=(30, 30))
+    p = m.draw_masks(500, 31).dynamic[..., 0]
+    assert set(p.sum(1).tolist()) == {0, 30} and p[:, 0].any() and p[:, 30].any()
+
+
+def test_presets_have_known_sizes():
+    names = tuple("abcdef"), tuple(f"s{i}" for i in range(19))
+    sizes = {}
+    for name, preset in model.PRESETS.items():
+        network = model.StefaLand(model.Config(*names, **preset))
+        sizes[name] = sum(p.numel() for p in network.parameters())
+    assert sizes == {"small": 341_593, "paper": 3_580_953}
 
 
 def test_masks_hide_the_shares_asked_for():
@@ -415,6 +425,18 @@ def test_two_processes_have_the_gradients_of_one():
 QUICK = "--quick --steps 8 --holdout pub --folds 3 --fold 1"
 
 
+def test_the_first_losses_of_default_training_are_known():
+    losses, loss_of = [], train.masked_loss
+
+    def note(errors, counts):
+        losses.append(loss_of(errors, counts).item())
+        assert len(losses) < 6, "that is enough"
+        return loss_of(errors, counts)
+    with mock.patch.object(train, "masked_loss", note):
+        raises(AssertionError, "enough", train.main, ["--out", mkdtemp()])
+    close(losses, [1.310831, 1.471737, 1.682426, 1.603438, 1.464508, 1.380650], atol=1e-3)
+
+
 def test_a_stopped_run_resumes_bit_for_bit():
     out = mkdtemp()
     text, whole = run(QUICK, mkdtemp())
@@ -707,12 +729,13 @@ def test_scores_of_series_are_medians_over_sites():
     scores = evaluate.series_scores(obs, sim)
     assert scores["nse"] == np.median(nse) and scores["below 0"] == (nse < 0).mean() > 0
     assert np.isclose(scores["clipped"], nse.clip(-1, 1).mean()) and next(iter(scores)) == "clipped"
+    assert evaluate.series_scores(obs[:1], -sim[:1])["below 0"] == 1
 
 
 def test_scores_of_values_are_over_all_sites():
-    obs, sim = np.array([[0.0], [1], [2], [5]]), np.array([[1.0], [2], [3], [5]])
+    obs, sim = np.array([[0.0], [1], [2], [5]]), np.array([[1.0], [2], [4], [5]])
     close(evaluate.value_scores(obs, sim), {
-        "R2": 1 - 3 / 14, "rmse": 0.75 ** 0.5, "median difference": 1.0, "nmad": 0.0})
+        "R2": 1 - 6 / 14, "rmse": 1.5 ** 0.5, "median difference": 1.0, "nmad": 1.4826 / 2})
 
 
 def test_sign_test_is_exact():
@@ -755,6 +778,8 @@ def test_the_table_says_which_runs_have_seen_test_sites():
     with contextlib.redirect_stdout(io.StringIO()) as text:
         evaluate.main(["--out", out])
     assert "(has seen test sites)" in text.getvalue() and "±" not in text.getvalue()
+    np.savez(Path(out, "runs", "older.npz"), settings="{}")
+    raises(ValueError, "older.npz is no run of this version", evaluate.main, ["--out", out])
 
 
 if __name__ == "__main__":

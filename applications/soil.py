@@ -73,8 +73,9 @@ def read_gauges(folder):
 data.READERS |= {"wosis": read_wosis, "gauges": read_gauges}
 for part in TEXTURE:                # none of them may be an input: two of them give the third away
     finetune.TASKS[part] = finetune.Task(
-        part, "%", models="resconn,mlp,glm", baseline="mlp", inputs=("static",), head=common.MLPHead,
-        scoring="value", prepare=partial(common.attribute_as_target, part, TEXTURE + DERIVED))
+        part, "%", models="resconn,mlp,glm", baseline="mlp", inputs=("static",),
+        head=common.MLPHead, scoring="value",
+        prepare=partial(common.attribute_as_target, part, TEXTURE + DERIVED))
 
 if __name__ == "__main__":
     common.main("clay", __doc__)
