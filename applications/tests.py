@@ -149,6 +149,9 @@ def test_a_patch_lies_round_its_point():
     np.testing.assert_equal(s.extra["patch"], maps[None, :, 12 - 8:12 + 9, 25 - 8:25 + 9])
     assert s.target.tolist() == [1] and s.static.shape == (1, 5)
     assert "points.csv, line 3: skipped, its patch leaves the raster" in said.getvalue()
+    rows = "713255,9559875,{},1,2,3,4,5"
+    folder = slopes("|".join(rows.format(label) for label in ("0", "1", "false", "True")))
+    assert data.load(f"landslide:{folder}", "landslide", cache=None).target.tolist() == [0, 1, 0, 1]
 
 
 @needs_real_data
@@ -163,6 +166,7 @@ def test_damaged_landslide_archives_are_refused():
     for folder, complaint in (
             (slopes("713255,9559875,maybe,1,2,3,4,5"), "points.csv, line 2: lslpts is 'maybe'"),
             (slopes("713255,,TRUE,1,2,3,4,5"), "points.csv, line 2: y is ''"),
+            (slopes("NA,9559875,TRUE,1,2,3,4,5"), "points.csv, line 2: x is 'NA'"),
             (slopes(res=0.0), "raster.npz: cells of 0.0 m"), (slopes(xmin=nan), "nan, 9560000"),
             (slopes(ta=np.zeros((4, 5))), "raster.npz: ta has the shape")):
         raises(ValueError, complaint, data.load, f"landslide:{folder}", "landslide", cache=None)
@@ -193,6 +197,8 @@ def test_glm_does_not_see_the_patch_and_cnn_nothing_else():
     assert differs("cnn", patch=-1) and not differs("cnn", static=-1)
     assert differs("glm", static=-1) and not differs("glm", patch=-1)
     assert differs("resconn", patch=-1) and differs("resconn", static=-1)
+    head = landslide.PatchHead(16, 0.0, {"patch": 2})
+    assert head.cnn(torch.zeros(1, 2, 17, 17)).shape == (1, 16, 8, 8)
 
 
 # alphaearth.py, adapters.py and release.py
@@ -240,6 +246,18 @@ def test_files_of_vectors_that_cannot_be_joined_are_refused():
                               (dict(v=np.ones((2, 64)), id=["a"]), "id has the shape")):
         np.savez(path, **arrays)
         raises(ValueError, complaint, alphaearth.join_vectors, s, path)
+    raises(ValueError, "give --vectors FILE", alphaearth.add_vectors, s, alphaearth.Options())
+
+
+def test_vectors_are_given_or_made_of_the_synthetic_world():
+    given = alphaearth.Options(vectors=str(table_of_vectors("us_1")))
+    assert (alphaearth.add_vectors(three_sites(), given).extra["vectors"][0] == 0.5).all()
+    sites = data.load()
+    vectors = alphaearth.add_vectors(sites, alphaearth.Options()).extra["vectors"]  # (700, 64)
+    some = abs(vectors[:, 0]) < 0.95                        # tanh of the others has saturated
+    x, y = sites.extra["latents"][some], np.arctanh(vectors[some, 0])
+    noise = y - x @ np.linalg.lstsq(x, y)[0]
+    assert vectors.shape == (700, 64) and 0.2 < noise.std() < 0.35 < y.std()
 
 
 @needs_real_data
