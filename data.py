@@ -31,9 +31,22 @@ class Sites:
     extra: dict = field(default_factory=dict)   # what only an application knows, (N, ...) each
 
 
+class Variable(NamedTuple):
+    """A row of the tables below; a column may carry a factor to our unit: "slp_dg_sav*0.1"."""
+    group: str
+    unit: str
+    caravan: str
+    camels: str
+
+
+def parse_table(text):
+    rows = [line.split() for line in text.strip().splitlines()]
+    return {row[0]: Variable(*row[1:]) for row in rows}
+
+
 # name, group (hidden together; "context" never), unit, column of Caravan and of CAMELS-US; run-off,
 # discharge and what else HydroATLAS derives from gauges are no inputs
-STATIC_TABLE = """
+STATIC = parse_table("""
 elevation           terrain     m        ele_mt_sav             elev_mean
 elevation_max       terrain     m        ele_mt_smx             -
 elevation_min       terrain     m        ele_mt_smn             -
@@ -71,8 +84,8 @@ area                context     km2      area                   area_gages2
 lakes               context     %        lka_pc_sse*0.1         -
 urban               context     %        urb_pc_sse             -
 population_density  context     1/km2    ppd_pk_sav             -
-"""
-DYNAMIC_TABLE = """
+""")
+DYNAMIC = parse_table("""
 precipitation       precipitation  mm/d  total_precipitation_sum  prcp(mm/day)
 temperature         temperature    degC  temperature_2m_mean      -
 tmax                temperature    degC  temperature_2m_max       tmax(c)
@@ -80,23 +93,7 @@ tmin                temperature    degC  temperature_2m_min       tmin(c)
 pet                 temperature    mm/d  -                        -
 shortwave           radiation      W/m2  -                        srad(w/m2)
 humidity            humidity       %     -                        -
-"""
-
-
-class Variable(NamedTuple):
-    """A row of the tables above; a column may carry a factor to our unit: "slp_dg_sav*0.1"."""
-    group: str
-    unit: str
-    caravan: str
-    camels: str
-
-
-def parse_table(text):
-    rows = [line.split() for line in text.strip().splitlines()]
-    return {row[0]: Variable(*row[1:]) for row in rows}
-
-
-STATIC, DYNAMIC = parse_table(STATIC_TABLE), parse_table(DYNAMIC_TABLE)
+""")
 SERIES = {"streamflow": "streamflow", "vp(pa)": "vapour", "dayl(s)": "daylight"}
 for own_name, row in DYNAMIC.items():       # column of a daily table, in lower case -> our name
     SERIES |= {own_name: own_name, row.caravan: own_name, row.camels: own_name}
@@ -120,6 +117,8 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", quick
         sites = load_archives(spec, target, cache)
     if target in sites.extra:
         sites = replace(sites, target=sites.extra[target])
+    elif spec == "synthetic" and target != "streamflow":    # an application's prepare may make it
+        sites = replace(sites, target=np.full(len(sites.ids), np.nan, np.float32))
     print(f"{spec}: {len(sites.ids)} sites, {sites.dates[0]} to {sites.dates[-1]}; daily "
           f"{', '.join(sites.dynamic_names)}; {len(sites.static_names)} attributes, "
           f"{np.isnan(sites.static).sum()} of {sites.static.size} values missing")
@@ -183,21 +182,20 @@ def synthetic_world(seed=0, n_sites=700, years=6):
         clear = 0.7 - 0.3 * rains - 0.1 * growth + noise(0.05)
         sun = extraterrestrial_radiation(lat, doy) * 11.574 * clear             # W/m2
         humidity = np.clip(55 + 20 * growth + 15 * rains - 0.8 * swing + noise(4), 8, 100)
-        melt, fill = np.minimum(snow, 3 * np.maximum(t - 0.5, 0)), soil / capacity
-        snow, water = snow + rain * (t < 0.5) - melt, rain * (t >= 0.5) + melt
+        snowfall, fill = rain * (t < 0.5), soil / capacity
+        melt = np.minimum(snow, 3 * np.maximum(t - 0.5, 0))
+        snow, water = snow + snowfall - melt, rain - snowfall + melt
         quick = np.maximum(water * fill ** (1.2 + 0.04 * sand), soil + water - capacity)
         drain, base = (0.004 + 0.0004 * sand) * soil * fill, recession * ground
         evaporation = pet * np.minimum(1, 2 * fill) * (0.4 + 0.004 * forest)
         soil = np.maximum(soil + water - quick - drain - evaporation, 0)
         ground = ground + drain + 0.1 * quick - base
         flow, moisture = 0.9 * quick + base, 0.002 * clay + 0.001 * soil / depth
-        days.append((rain, tmax, tmin, pet, sun, humidity, flow, moisture))
-    daily = np.stack(days)[..., 0].transpose(2, 0, 1)                           # (N, T, 8)
+        days.append((rain, tmax, tmin, pet, sun, humidity, flow, moisture, snowfall))
+    daily = np.stack(days)[..., 0].transpose(2, 0, 1)                           # (N, T, 9)
 
     # what is observed: the latents through noise
-    rain, mean_pet = daily[..., 0].mean(1)[:, None], daily[..., 3].mean(1)[:, None]
-    frost = daily[..., 1] + daily[..., 2] < 1                                   # (N, T)
-    snowy = (daily[..., 0] * frost).mean(1)[:, None] / rain
+    rain, _, _, pet, _, _, _, _, snowfall = daily.mean(1).T[..., None]          # (N, 1) each
     views = {
         "elevation": elevation * np.exp(noise(0.05)), "soil_depth": depth * np.exp(noise(0.4)),
         "slope": 4 * np.exp(0.7 * relief + noise(0.4)), "clay": np.clip(clay + noise(6), 0, 100),
@@ -208,16 +206,16 @@ def synthetic_world(seed=0, n_sites=700, years=6):
         "rock_porosity": 0.03 + 0.25 * share(1.5 * rock + noise(0.6)),
         "forest": np.clip(forest + noise(6), 0, 100),
         "pasture": np.clip((100 - forest) * growth + noise(6), 0, 100),
-        "p_mean": rain * np.exp(noise(0.1)), "pet_mean": mean_pet * np.exp(noise(0.05)),
-        "temperature_mean": t_mean + noise(0.5), "snow_fraction": snowy + noise(0.02),
+        "p_mean": rain * np.exp(noise(0.1)), "pet_mean": pet * np.exp(noise(0.05)),
+        "temperature_mean": t_mean + noise(0.5), "snow_fraction": snowfall / rain + noise(0.02),
         "area": np.exp(6 + noise(1)), "population_density": np.exp(2 + growth - relief + noise(1))}
-    static = np.hstack(list(views.values()))                                    # (N, S)
-    static = hide_groups(static, tuple(views), 1 / 3, rng).astype(np.float32)
+    static = np.hstack(list(views.values()), dtype=np.float32)                  # (N, S)
     daily = daily.astype(np.float32)
     latents = np.hstack([relief, wet, inland, rock, lime, growth, depth, t_mean / 10])  # (N, 8)
     return Sites(
         ids=np.array([f"synthetic_{i:04d}" for i in range(N)]), dates=dates,
-        latlon=np.hstack([lat, lon]).astype(np.float32), static=static, static_names=tuple(views),
+        latlon=np.hstack([lat, lon], dtype=np.float32), static_names=tuple(views),
+        static=hide_groups(static, tuple(views), 1 / 3, rng),
         forcing=daily[..., :6], target=daily[..., 6],
         dynamic_names=("precipitation", "tmax", "tmin", "pet", "shortwave", "humidity"),
         extra={"soil_moisture": daily[..., 7], "latents": latents.astype(np.float32)})
@@ -227,9 +225,8 @@ def hide_groups(static, names, chance, rng):
     """(N, S) attributes with whole groups missing: each, at each site, with this chance."""
     static, group_of = static.copy(), np.array(groups(names))
     for group in sorted({*group_of.tolist()} - {"context"}):
-        site = rng.random(len(static)) < chance                                 # (N,)
-        column = group_of == group                                              # (S,)
-        static[np.ix_(site, column)] = np.nan
+        hidden = rng.random(len(static)) < chance                               # (N,)
+        static[np.ix_(hidden, group_of == group)] = np.nan
     return static
 
 
@@ -247,21 +244,18 @@ class Record(NamedTuple):
 
 def load_archives(spec, target, cache):
     """The sites of all sources; from the cache, if neither files nor readers have changed."""
-    sources, key, records = [], [spec, target], []
+    sources, files = [], [Path(__file__)]
     for part in spec.split(","):
         kind, _, folder = part.partition(":")
-        check(kind in READERS, f"data '{kind}': expected synthetic, or NAME:DIR with a NAME of "
-                               f"{', '.join(READERS)}")
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"data {kind}: no folder '{folder}'")
+        check(kind in READERS, f"'{kind}': expected synthetic or NAME:DIR, NAME in {[*READERS]}")
+        check(Path(folder).is_dir(), f"data {kind}: no folder '{folder}'", FileNotFoundError)
         sources.append((READERS[kind], Path(folder)))
-        code = [Path(__file__), Path(READERS[kind].__code__.co_filename)]
-        for path in code + sorted(Path(folder).rglob("*")):
-            key.append((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns))
-    cached = Path(cache or "", hashlib.sha256(repr(key).encode()).hexdigest()[:16])
+        files += [Path(READERS[kind].__code__.co_filename), *sorted(Path(folder).rglob("*"))]
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = hashlib.sha256(repr([spec, target, states]).encode()).hexdigest()[:16]
+    cached = Path(cache or "", key)
     if not (cache and cached.is_dir()):
-        for reader, folder in sources:
-            records += reader(folder)
+        records = [record for reader, folder in sources for record in reader(folder)]
         check(records, f"{spec}: no site found")
         sites = assemble(records, target)
         if not cache:
@@ -272,20 +266,23 @@ def load_archives(spec, target, cache):
 
 def assemble(records, target):
     """`Sites` on the union of the records' dates and variables; unknown attributes come last."""
-    static_found = set().union(*[record.static for record in records])
-    static_names = [name for name in STATIC if name in static_found]
-    static_names += sorted(static_found - STATIC.keys())
-    series_found = set().union(*[record.series for record in records])
-    dynamic_names = [name for name in DYNAMIC if name in series_found] or ["precipitation"]
-    unused = sorted(series_found - {*dynamic_names, target})
+    known = set().union(*[record.static for record in records])
+    static_names = [name for name in STATIC if name in known] + sorted(known - STATIC.keys())
+    static_names = static_names or ["elevation"]            # missing throughout, as below
+    series = set().union(*[record.series for record in records])
+    dynamic_names = [name for name in DYNAMIC if name in series] or ["precipitation"]
+    unused = sorted(series - {*dynamic_names, target})
     if unused:
         print(f"neither weather nor the target, not used: {', '.join(unused)}")
     days = [days for record in records for days, _ in record.series.values()]
     days = days or [np.arange("1970", "1971", dtype="datetime64[D]")]   # no weather: an empty year
     dates = np.arange(min(d.min() for d in days), max(d.max() for d in days) + 1)
 
-    ids, latlon = [record.id for record in records], [record.latlon for record in records]
-    latlon = np.array(latlon, np.float32)                                       # (N, 2)
+    ids = np.array([record.id for record in records])                           # (N,)
+    names, count = np.unique(ids, return_counts=True)
+    check(count.max() == 1, f"the site {names[count.argmax()]} is there twice")
+    latlon = np.array([record.latlon for record in records], np.float32)        # (N, 2)
+    latlon[:, 1] = (latlon[:, 1] + 180) % 360 - 180
     static = np.full((len(ids), len(static_names)), np.nan, np.float32)         # (N, S)
     daily = np.full((len(ids), len(dates), len(dynamic_names) + 1), np.nan, np.float32)
     for i, record in enumerate(records):
@@ -298,15 +295,12 @@ def assemble(records, target):
                 days, values = record.series[name]
                 check(len(np.unique(days)) == len(days), f"{place} has the same date twice")
                 daily[i, (days - dates[0]).astype(int), j] = values
-    names, count = np.unique(ids, return_counts=True)
-    check(count.max() == 1, f"two of the files have a site {names[count.argmax()]}")
-    latlon[:, 1] = (latlon[:, 1] + 180) % 360 - 180
     extra = {}
     for name in set().union(*[record.extra for record in records]):
-        lacking = [record.file for record in records if name not in record.extra]
-        check(not lacking, f"{lacking[:1]} has no {name}, which other sites have")
+        lacking = [record.id for record in records if name not in record.extra]
+        check(not lacking, f"{len(lacking)} sites have no {name}, among them {lacking[:1]}")
         extra[name] = np.array([record.extra[name] for record in records], np.float32)
-    return Sites(np.array(ids), latlon, static, daily[..., :-1], daily[..., -1], dates,
+    return Sites(ids, latlon, static, daily[..., :-1], daily[..., -1], dates,
                  tuple(static_names), tuple(dynamic_names), extra)
 
 
@@ -336,9 +330,8 @@ def read_camels(folder):
         print(f"{folder}: no camels_topo.txt and so on, only latitude, elevation and area known")
     attributes = read_attributes(tables, "camels", ";")
     flows = {path.name[:8]: path for path in folder.glob("usgs_streamflow/**/*_streamflow_qc.txt")}
-    forcings = sorted(folder.glob("basin_mean_forcing/**/*_forcing_leap.txt"))
-    daymet = [path for path in forcings if "cida" in path.name]
-    for path in daymet or forcings:
+    daymet = sorted(folder.glob("basin_mean_forcing/**/*_cida_forcing_leap.txt"))
+    for path in daymet or sorted(folder.glob("basin_mean_forcing/**/*_forcing_leap.txt")):
         basin = path.name[:8]
         head = Table(path, [], None, ["value"], slice(0, 3)).numbers("value")
         check(len(head) == 3 and abs(head[0]) <= 90 and head[2] > 0,
@@ -348,8 +341,7 @@ def read_camels(folder):
         table = Table(path, ["mnth", "dayl(s)", "srad(w/m2)"], None, lines=slice(3, None))
         series = read_series(table, lat)
         if basin in flows:
-            header = ["id", "year", "mnth", "day", "flow", "flag"]
-            table = Table(flows[basin], [], None, header)
+            table = Table(flows[basin], [], None, ["id", "year", "mnth", "day", "flow", "flag"])
             mm = table.numbers("flow") * (0.028316846592 * 86400 * 1000 / area)     # from ft3/s
             series["streamflow"] = table.dates(), mm
         latlon = static.pop("gauge_lat", lat), static.pop("gauge_lon", np.nan)
@@ -366,15 +358,16 @@ def read_csv(folder):
     table = Table(folder / "sites.csv", ["id", "lat", "lon"])
     attributes = {name: table.numbers(name) for name in table.columns if name != "id"}
     for i, site in enumerate(table.columns["id"]):
-        static, file, series = {}, folder / f"{site}.csv", {}
-        for name, values in attributes.items():
-            static[name] = values[i]
+        static = {name: values[i] for name, values in attributes.items()}
         latlon = static.pop("lat"), static.pop("lon")
+        file, series = folder / f"{site}.csv", {}
         if file.is_file():
             daily = Table(file, ["date"])
             own_names = {name: name for name in daily.columns if name != "date"}
             series = read_series(daily, latlon[0], own_names | SERIES)
         yield Record(site, file, latlon, static, series)
+    lacking = [site for site in table.columns["id"] if not (folder / f"{site}.csv").is_file()]
+    print(f"{folder}: {len(lacking)} of {len(table.lines)} sites have no <id>.csv {lacking[:3]}")
 
 
 READERS = {"caravan": read_caravan, "camels": read_camels, "csv": read_csv}
@@ -400,20 +393,20 @@ def read_attributes(paths, archive, delimiter=","):
 
 def read_series(table, lat, columns=SERIES):
     """{variable or target: (dates, values)} of a daily table; PET and humidity are derived."""
-    days, series = table.dates(), {}
-    for column in columns:
-        if column in table.columns:
-            series[columns[column]] = table.numbers(column)
+    days = table.dates()
+    series = {name: table.numbers(column) for column, name in columns.items()
+              if column in table.columns}
     tmax, tmin, t = series.get("tmax"), series.get("tmin"), series.get("temperature")
     if t is None and tmax is not None and tmin is not None:
         t = series["temperature"] = (tmax + tmin) / 2
-    if t is not None:
+    if t is not None and "pet" not in series:
         series["pet"] = potential_evaporation(lat, day_of_year(days), t, tmax, tmin)
-    if "vapour" in series:                                  # saturation pressure: FAO-56 eq. 11
-        humidity = series.pop("vapour") / (6.108 * np.exp(17.27 * t / (t + 237.3)))
+    vapour, daylight = series.pop("vapour", None), series.pop("daylight", None)
+    if vapour is not None and t is not None:                # saturation pressure: FAO-56 eq. 11
+        humidity = vapour / (6.108 * np.exp(17.27 * t / (t + 237.3)))           # Pa / hPa = %
         series["humidity"] = np.clip(humidity, 0, 100)
-    if "daylight" in series:                                # mean over daylight -> over the day
-        series["shortwave"] = series["shortwave"] * series.pop("daylight") / 86400
+    if daylight is not None and "shortwave" in series:      # mean over daylight -> over the day
+        series["shortwave"] = series["shortwave"] * daylight / 86400
     return {name: (days, values) for name, values in series.items()}
 
 
@@ -426,8 +419,6 @@ class Table:
 
     def __init__(self, path, required=(), delimiter=",", header=None, lines=slice(0, None)):
         self.path = path
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
         text = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[lines]
         try:
             rows = csv.reader(text, delimiter=delimiter or " ", skipinitialspace=True)
@@ -449,19 +440,17 @@ class Table:
 
     def numbers(self, name):
         """(n,) float32; empty, NA, NULL and -999 = NaN."""
-        fields = self.columns[name]
-        values = np.fromiter(map(number, fields), float, len(fields))
-        self.refuse(name, fields, abs(values) > 3.4e38)
+        values = np.array([number(text) for text in self.columns[name]])
+        self.refuse(name, self.columns[name], abs(values) > 3.4e38)
         return np.where(values < -998, np.nan, values).astype(np.float32)
 
     def dates(self):
         """(n,) datetime64[D], from date (2000-01-31 or 2000/01/31) or from year, mnth, day."""
-        if "mnth" in self.columns:
-            parts = zip(*(self.columns[name] for name in ("year", "mnth", "day")))
+        fields = self.columns.get("date")
+        if fields is None:
+            parts = zip(self.columns["year"], self.columns["mnth"], self.columns["day"])
             fields = [f"{year}-{month:0>2}-{day:0>2}" for year, month, day in parts]
-        else:
-            fields = self.columns["date"]
-        days = [DAYS.get(text) for text in fields]
+        days = [DAYS.get(text.replace("/", "-")) for text in fields]
         self.refuse("date", fields, [day is None for day in days])
         return np.array(days, "datetime64[D]")
 
@@ -479,10 +468,8 @@ def number(text):
         return np.nan if text in ("NA", "NULL") else np.inf
 
 
-# every date that a table may hold, as 2000-01-31 or 2000/01/31, in days since 1970
-DAYS = {}
-for day in np.arange("1800-01-01", "2200-01-01", dtype="datetime64[D]"):
-    DAYS[str(day)] = DAYS[str(day).replace("-", "/")] = day.astype(int)
+# every date that a table may hold, by its text
+DAYS = {str(day): day for day in np.arange("1800-01-01", "2200-01-01", dtype="datetime64[D]")}
 
 
 def extraterrestrial_radiation(lat, doy):
@@ -594,7 +581,7 @@ def write_atomically(path, write):
         raise OSError(f"cannot write {path}, what was there is kept: {error}") from None
 
 
-def check(fine, complaint):
-    """ValueError(complaint) unless all is fine."""
+def check(fine, complaint, error=ValueError):
+    """Raise error(complaint) unless all is fine."""
     if not fine:
-        raise ValueError(complaint)
+        raise error(complaint)

@@ -3,9 +3,9 @@
     python eval.py              a row per setting and model: score ± standard error over folds
 """
 
-import argparse
 import json
 import math
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,22 +18,19 @@ def site_metrics(obs, sim):
     RMSEs and mae in the unit of obs; pbias, fhv, flv in %. NSE: doi 10.1016/0022-1694(70)90255-6,
     KGE: 10.1016/j.jhydrol.2009.08.003, biases of high and low flows: 10.1029/2007WR006716.
     """
-    obs, sim = np.asarray(obs, float).ravel(), np.asarray(sim, float).ravel()
-    valid = np.isfinite(obs) & np.isfinite(sim)
-    o, s = obs[valid], sim[valid]
+    o, s = valid_pairs(obs, sim)
     if len(o) < 2:
         o = s = np.full(2, math.nan)                        # every score becomes NaN
     error, do, ds = s - o, o - o.mean(), s - s.mean()
     corr = ratio((do * ds).sum(), math.sqrt((do ** 2).sum() * (ds ** 2).sum()))
     spread, mean = ratio(s.std(), o.std()), ratio(s.mean(), o.mean())
-    sorted_o, sorted_s = np.sort(o), np.sort(s)
+    flows = np.sort([o, s])                                 # (2, days)
     top = max(round(0.02 * len(o)), 1)                      # days of the highest 2 %
-    high_o, high_s = sorted_o[-top:].sum(), sorted_s[-top:].sum()
+    high_o, high_s = flows[:, -top:].sum(1)
     low = round(0.3 * len(o)) + 1                           # days of the lowest 30 %
-    low_o, low_s = np.log(sorted_o[:low].clip(1e-6)), np.log(sorted_s[:low].clip(1e-6))
-    low_o, low_s = (low_o - low_o[0]).sum(), (low_s - low_s[0]).sum()           # above the minimum
-    percents = np.linspace(0, 100, 100)
-    curves = np.percentile(s, percents) - np.percentile(o, percents)
+    logs = np.log(flows[:, :low].clip(1e-6))                # (2, low)
+    low_o, low_s = (logs - logs[:, :1]).sum(1)              # above the minimum
+    curve_o, curve_s = np.percentile(flows, np.linspace(0, 100, 100), axis=1).T
     return {
         "rmse": math.sqrt((error ** 2).mean()),
         "ubrmse": math.sqrt(((ds - do) ** 2).mean()),       # of the anomalies
@@ -44,22 +41,27 @@ def site_metrics(obs, sim):
         "pbias": 100 * ratio(error.sum(), o.sum()),
         "fhv": 100 * ratio(high_s - high_o, high_o),        # biases of high and of
         "flv": -100 * ratio(low_s - low_o, low_o),          # (logs of) low flows
-        "fdc_rmse": math.sqrt((curves ** 2).mean())}        # of the flow-duration curves
+        "fdc_rmse": math.sqrt(((curve_s - curve_o) ** 2).mean())}   # of the flow-duration curves
 
 
 def class_metrics(label, score):
     """accuracy, precision, recall, f1 at score >= 0.5, and ROC auc (by ranks); labels 0 and 1."""
-    label, score = np.asarray(label, float).ravel(), np.asarray(score, float).ravel()
-    valid = np.isfinite(label) & np.isfinite(score)
-    true, guess = label[valid] > 0.5, score[valid] >= 0.5
+    label, score = valid_pairs(label, score)
+    true, guess = label > 0.5, score >= 0.5
     hits, ones, zeros = (true & guess).sum(), true.sum(), (~true).sum()
-    _, place, ties = np.unique(score[valid], return_inverse=True, return_counts=True)
+    _, place, ties = np.unique(score, return_inverse=True, return_counts=True)
     rank = (np.cumsum(ties) - (ties - 1) / 2)[place]        # equal scores share their mean rank
     return {"accuracy": ratio((true == guess).sum(), len(true)),
             "precision": ratio(hits, guess.sum()),
             "recall": ratio(hits, ones),
             "f1": ratio(2 * hits, guess.sum() + ones),
             "auc": ratio(rank[true].sum() - ones * (ones + 1) / 2, ones * zeros)}
+
+
+def valid_pairs(obs, sim):
+    """Both, flat, where both are finite: (2, n)."""
+    pairs = np.array([np.ravel(obs), np.ravel(sim)], float)
+    return pairs[:, np.isfinite(pairs).all(0)]
 
 
 def ratio(a, b):
@@ -97,11 +99,10 @@ SCORINGS = {"series": series_scores, "value": value_scores, "class": class_score
 
 def sign_test(difference):
     """Two-sided exact p-value that a difference is as often positive as negative."""
-    wins, n = int((difference > 0).sum()), int((difference != 0).sum())
-    if n == 0:
-        return math.nan
-    tail = sum(math.comb(n, k) for k in range(min(wins, n - wins) + 1))
-    return min(1.0, 2 * tail / 2 ** n)
+    wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+    n = wins + losses                                       # neither ties nor NaN
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2 ** n) if n else math.nan
 
 
 def load_runs(folder):
@@ -156,17 +157,15 @@ def table(runs):
                     line += f" ± {np.nanstd(by_fold) / math.sqrt(len(folds) - 1):.3f}"
             if name != baseline and baseline in models:
                 base = per_site(models[baseline])
-                gain = np.array([mine[site] - base[site] for site in mine if site in base])
-                gain = gain[np.isfinite(gain)]
-                line += f"  gain over {baseline} {np.median(gain):+.3f}, p {sign_test(gain):.1e}"
+                gain = np.array([mine[site] - base[site] for site in mine.keys() & base.keys()])
+                line += f"  gain over {baseline} {np.nanmedian(gain):+.3f}, p {sign_test(gain):.1e}"
             if any(run["overlap"] for run in of_model):
                 line += "  (has seen test sites)"
             print(line)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="folder whose runs/ finetune.py wrote [out]")
     folder = parser.parse_args(argv).out
     runs = load_runs(folder)

@@ -12,7 +12,6 @@ applications/ by a Task, if need be Variants and a reader, and main().
 """
 
 import json
-import math
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,6 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import data
 from eval import SCORINGS
@@ -85,8 +83,8 @@ class LinearHead(nn.Module):
         return self.output(x)[..., 0]
 
 
-def unchanged(y, sites):
-    return y
+def unchanged(values, _):
+    return values
 
 
 def square_root(y, sites):
@@ -105,20 +103,20 @@ class Task:
     models: str = "resconn,lstm"        # variants compared by default
     baseline: str = "lstm"              # the one that the table measures gains against
     inputs: tuple = ("forcing",)        # what the residual path reads
-    head: type = LSTMHead               # head(width, dropout, shapes of Sites.extra); its forward
-    extra: tuple = ()                   # takes (B, L, width) and these entries of Sites.extra
-    loss: Callable = F.mse_loss         # of what is learned, with reduction="none"
+    head: type = LSTMHead               # head(width, dropout, shapes), forward(x, extra) -> (B, L)
+    extra: tuple = ()                   # entries of Sites.extra that forward gets, as a list
+    loss: Callable = nn.functional.mse_loss     # of what is learned, with reduction="none"
     standardised: bool = True           # what is learned has mean 0 and deviation 1
     transform: Callable = unchanged     # target (N, T), sites -> what is learned, (N, T)
     inverse: Callable = unchanged       # and back
-    scoring: str = "series"             # one of eval.SCORINGS; its first score stops training
-    prepare: Callable = None            # prepare(sites, options) -> sites, once they are loaded
+    scoring: str = "series"             # of eval.SCORINGS; by the first score the best is kept
+    prepare: Callable = unchanged       # loaded sites, options (None: in predict) -> sites
 
 
 @dataclass
 class Variant:
     """A network: where E comes from, and what else reaches the head."""
-    embedding: str = "frozen"           # encoder: frozen, tuned or random; an entry of Sites.extra
+    embedding: str = "frozen"           # frozen, tuned, random; an entry of Sites.extra; "": no E
     inputs: tuple = None                # what the residual path reads; None: as the task says
     head: type = None                   # in place of the task's; may begin with another adapter
 
@@ -132,14 +130,18 @@ VARIANTS = {
     "direct": Variant("tuned", inputs=()),      # a target that is always hidden tells E nothing
     "lstm": Variant("", inputs=("forcing", "static")),
 }
-ENCODER = ("frozen", "tuned", "random")
+
+
+def fill_and_flag(x):
+    """Zeros for NaN and, behind them, flags that say where: (..., V) -> (..., 2 V)."""
+    return torch.cat([x.nan_to_num(), x.isnan()], -1)
 
 
 class Predictor(nn.Module):
     """Embedding + residual path -> head: a number per day, (B, L).
 
-    `settings`, plain values, and the weights are all that it takes to predict at other sites. A
-    task with a value per site has windows of one day, L = 1: E is of the mean day of a year.
+    `settings`, plain values, and the weights are all that it takes to predict at other sites. For
+    a value per site L = 1: E is the mean over the days of the first year of the site's record.
     """
 
     def __init__(self, settings, encoder=None):
@@ -147,7 +149,7 @@ class Predictor(nn.Module):
         self.settings, width, shapes = settings, settings["width"], settings["shapes"]
         self.task, self.variant = TASKS[settings["task"]], VARIANTS[settings["variant"]]
         self.encoder, embedding = encoder, self.variant.embedding
-        if embedding in ENCODER:
+        if settings["config"]:
             self.encoder = encoder or StefaLand(Config(**settings["config"]))
             self.encoder.requires_grad_(embedding != "frozen")
         if embedding:
@@ -172,19 +174,14 @@ class Predictor(nn.Module):
             x = x + self.expand(self.gain[0] * day + self.gain[1] * site)       # (B, L, width)
         if self.inputs:
             values = {"forcing": forcing, "static": static[:, None].expand(-1, L, -1)}
-            channels = []
-            for name in self.inputs:
-                channels.append(values[name].nan_to_num())
-                if self.flags:
-                    channels.append(values[name].isnan())
-            r = torch.cat(channels, -1)                                         # (B, L, channels)
+            fill = fill_and_flag if self.flags else torch.nan_to_num
+            r = torch.cat([fill(values[name]) for name in self.inputs], -1)     # (B, L, channels)
             x = x + self.mix(self.conv(r.mT).mT)                                # (B, L, width)
         return self.head(x, extra)                                              # (B, L)
 
     def predict(self, sites):
         """The target at other sites, in its unit, for every day: (N, T), or for each: (N, 1)."""
-        if self.task.prepare:
-            sites = self.task.prepare(sites, None)
+        sites = self.task.prepare(sites, None)
         days = len(sites.dates) if self.task.scoring == "series" else 1
         return Samples(self, sites, np.arange(len(sites.ids)), slice(0, days)).predict()
 
@@ -197,14 +194,17 @@ class Samples:
         s, embedding = model.settings, model.variant.embedding
         self.device, self.length = next(model.parameters()).device, s["length"]
         starts = cover_with_windows(days, s["length"], s["warmup"])
-        self.site, self.start = np.repeat(chosen, len(starts)), np.tile(starts, len(chosen))   # (n,)
+        self.site, self.start = np.repeat(chosen, len(starts)), np.tile(starts, len(chosen))  # (n,)
         self.head_windows = Windows(
             sites, s["scaling"], s["length"], s["forcing_names"], s["static_names"])
         self.encoded = None
         if model.encoder:
-            c = model.encoder.config
+            c, self.encoder_start = model.encoder.config, self.start
             self.encoder_windows = Windows(
                 sites, s["encoder_scaling"], c.max_days, c.dynamic_names, c.static_names)
+            if self.length == 1:                            # a value per site: its first year
+                latest = len(sites.dates) - c.max_days
+                self.encoder_start = np.minimum(self.encoder_windows.first, latest)[self.site]
         if embedding == "frozen":
             self.encoded = self.encode_once()
         elif embedding and not model.encoder:               # vectors in place of the encoder's E
@@ -226,22 +226,21 @@ class Samples:
         return np.array_split(np.arange(len(self.site)), len(self.site) // size + 1)
 
     def encode(self, i):
-        """E of the windows i, each day's and the site's: (B, L+1, D)."""
-        windows = self.encoder_windows.get(self.site[i], self.start[i], self.device)
+        """E of the windows i, each day's and the site's: (B, L+1, D); None if it takes none."""
+        if self.encoded is not None:
+            return self.encoded[i].to(self.device, torch.float32)
+        if not self.model.encoder:
+            return None
+        windows = self.encoder_windows.get(self.site[i], self.encoder_start[i], self.device)
         e = self.model.encoder.encode(*windows)
         return e if self.length > 1 else torch.stack([e[:, :-1].mean(1), e[:, -1]], 1)
 
     def outputs(self, i):
         """What the network makes of the windows i: (B, L), standardised."""
-        e = None
-        if self.encoded is not None:
-            e = self.encoded[i].to(self.device, torch.float32)
-        elif self.model.encoder:
-            e = self.encode(i)                              # it is trained, too
-        forcing, static, *_ = self.head_windows.get(self.site[i], self.start[i], self.device)
-        extra = [torch.from_numpy(self.sites.extra[name][self.site[i]]).to(self.device)
-                 for name in self.model.task.extra]
-        return self.model(e, forcing, static, extra)
+        site, names = self.site[i], self.model.task.extra
+        forcing, static, *_ = self.head_windows.get(site, self.start[i], self.device)
+        extra = [torch.tensor(self.sites.extra[name][site], device=self.device) for name in names]
+        return self.model(self.encode(i), forcing, static, extra)
 
     @torch.no_grad()
     def predict(self):
@@ -258,6 +257,9 @@ class Samples:
         return self.model.task.inverse(result, self.sites)[self.chosen, self.days]
 
 
+VERSION = 1                                                 # of the saved models' format
+
+
 def load(path):
     """The model that a run has saved: .predict(sites). Import the application of its task first."""
     def rebuild(saved):
@@ -269,9 +271,6 @@ def load(path):
         return model.eval()
 
     return load_file(path, VERSION, rebuild)
-
-
-VERSION = 1                                                 # of the saved models' format
 
 
 def load_encoder(o, fold, sites, test):
@@ -291,102 +290,102 @@ def load_encoder(o, fold, sites, test):
     own = {*sites.dynamic_names, *sites.static_names}
     known = {*model.config.dynamic_names, *model.config.static_names}
     if own != known:
-        print(f"{path}: fed as missing {sorted(known - own)}, unknown to it {sorted(own - known)}")
+        print(f"{path}: {len(known - own)} of its variables are missing {sorted(known - own)[:5]}, "
+              f"{len(own - known)} are unknown to it {sorted(own - known)[:5]}")
     return model, saved["scaling"], overlap
 
 
 def choose_sites(o, sites, fold_of, fold, rng):
     """Indices of training, validation and test sites, all with targets; test is the fold."""
-    known = ~np.isnan(sites.target.reshape(len(sites.ids), -1)).all(1)
+    known = ~np.isnan(sites.target).all(1)
+    data.check(known.any(), f"no site has a value of {TASKS[o.task].target}")
     if o.basins:
         gauges = [data.gauge(site) for site in sites.ids]
         known &= np.isin(gauges, Path(o.basins).read_text().split())
     test = np.flatnonzero(known & (fold_of == fold))
     pool = rng.permutation(np.flatnonzero(known & (fold_of != fold)))[:o.labelled or None]
-    n_validation = max(len(pool) // 7, 1)
-    training, validation = np.sort(pool[n_validation:]), np.sort(pool[:n_validation])
+    validation, training = np.split(pool, [max(len(pool) // 7, 1)])
     data.check(len(test) and len(training),
                f"fold {fold}: {len(test)} test and {len(training)} training sites")
-    return training, validation, test
+    return np.sort(training), np.sort(validation), test
 
 
 def run(o, variant, sites, fold_of, fold, seed):
     """Train one variant on one fold: the model, and what the run's file holds."""
     began, rng, task = time.time(), np.random.default_rng([seed, fold]), TASKS[o.task]
     torch.manual_seed(seed)
+    target = sites.target.reshape(len(sites.ids), -1)                           # (N, T)
+    sites = replace(sites, target=target, static=np.array(sites.static))
     training, validation, test = choose_sites(o, sites, fold_of, fold, rng)
-    static = np.array(sites.static)
-    static[test] = data.hide_groups(static[test], sites.static_names, o.missing, rng)
-    sites = replace(sites, static=static)
-    target, daily = sites.target.reshape(len(sites.ids), -1), task.scoring == "series"  # (N, T)
-    train_days = test_days = slice(0, 1)
-    if daily:
+    sites.static[test] = data.hide_groups(sites.static[test], sites.static_names, o.missing, rng)
+    encoder, scaling, overlap = None, None, 0
+    if VARIANTS[variant].embedding in ("frozen", "tuned", "random"):
+        encoder, scaling, overlap = load_encoder(o, fold, sites, test)
+
+    data.check(task.scoring == "series" or target.shape[1] == 1,
+               f"{task.target} is a daily series, not a {task.scoring} for each site")
+    train_days, test_days, length, warmup = slice(0, 1), slice(0, 1), 1, 0      # a value per site
+    if task.scoring == "series":
         train_days = day_slice(o.train_period, sites.dates, (0, 0.6))
         test_days = day_slice(o.test_period, sites.dates, (0.6, 1))
-
-    encoder, scaling, overlap, length = None, None, 0, min(365, len(sites.dates))
-    if VARIANTS[variant].embedding in ENCODER:
-        encoder, scaling, overlap = load_encoder(o, fold, sites, test)
-        length = encoder.config.max_days
+        length = encoder.config.max_days if encoder else min(365, len(sites.dates))
+        warmup = o.warmup
+    data.check(length > warmup,
+               f"windows of {length} days, of which --warmup {warmup} do not count")
+    learned, centre, spread = task.transform(target, sites), 0.0, 1.0           # (N, T)
+    if task.standardised:
+        known = learned[training, train_days]
+        centre, spread = float(np.nanmean(known)), float(np.nanstd(known))
     settings = dict(
         task=o.task, variant=variant, width=o.width, dropout=o.dropout,
-        length=length if daily else 1, warmup=o.warmup if daily else 0,
+        length=length, warmup=warmup, centre=centre, spread=spread,
         config=asdict(encoder.config) if encoder else None, encoder_scaling=scaling,
         forcing_names=sites.dynamic_names, static_names=sites.static_names,
         scaling={"forcing": fit_standardisation(sites.forcing[training, train_days]),
                  "static": fit_standardisation(sites.static[fold_of != fold])},
-        centre=0.0, spread=1.0,
         shapes={name: values.shape[1] for name, values in sites.extra.items() if values.ndim > 1})
-    data.check(settings["length"] > settings["warmup"],
-               f"windows of {settings['length']} days, of which --warmup {o.warmup} do not count")
-    learned = task.transform(target, sites)                                     # (N, T)
-    if task.standardised:
-        known = learned[training, train_days]
-        settings |= dict(centre=float(np.nanmean(known)), spread=float(np.nanstd(known)))
     model = Predictor(settings, None if VARIANTS[variant].embedding == "random" else encoder)
     model.to(setup(o.device)[2])
 
-    score = SCORINGS[task.scoring]
-    validated = Samples(model, sites, validation, train_days)
-    best = fit(model, o, Samples(model, sites, training, train_days), learned, rng,
-               lambda: score(target[validation, train_days], validated.predict()))
-    simulated = Samples(model, sites, test, test_days).predict()
-    scores = score(target[test, test_days], simulated)
+    best = fit(model, o, Samples(model, sites, training, train_days),
+               Samples(model, sites, validation, train_days), learned, rng)
+    obs, sim = target[test, test_days], Samples(model, sites, test, test_days).predict()
+    scores = SCORINGS[task.scoring](obs, sim)
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
     print(f"fold {fold} seed {seed} {variant:<10} {len(training)} + {len(validation)} sites, "
-          f"validation {best:.3f}; test "
-          + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-          + f"; {time.time() - began:.0f} s", flush=True)
+          f"validation {best:.3f}; test {shown}; {time.time() - began:.0f} s", flush=True)
     return model, dict(ids=sites.ids[test], latlon=sites.latlon[test], dates=sites.dates[test_days],
-                       obs=target[test, test_days], sim=simulated, overlap=overlap,
-                       validation=best)
+                       obs=obs, sim=sim, overlap=overlap, validation=best)
 
 
-def fit(model, o, samples, learned, rng, score):
-    """Train; keep the weights with the best first value of score(), looked at ten times."""
-    s, task, days = model.settings, model.task, samples.days
+def fit(model, o, samples, validation, learned, rng):
+    """Train on samples; keep the weights with the best first score at those of validation.
+
+    learned: the transformed target, (N, T). The score is looked at ten times, and returned.
+    """
+    s, task = model.settings, model.task
     truth = torch.from_numpy((learned - s["centre"]) / s["spread"]).float()     # (N, T)
-    weight = torch.ones(len(truth), 1)
+    weight = torch.ones(len(truth), 1)                                          # (N, 1)
     if task.scoring == "series":                            # errors weighted as in the NSE
-        chosen = samples.chosen
-        deviation = np.nanstd(learned[chosen, days], 1, keepdims=True) / s["spread"]
-        weight[chosen] = torch.from_numpy(1 / (deviation + 0.1) ** 2).float()   # (N, 1)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, o.lr, weight_decay=1e-2)
-    best, kept = math.nan, None
+        deviation = np.nanstd(learned[samples.chosen, samples.days], 1, keepdims=True) / s["spread"]
+        weight[samples.chosen] = torch.from_numpy(1 / (deviation + 0.1) ** 2).float()
+    # what is frozen has no gradient, and AdamW leaves it as it is
+    optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=1e-2)
+    obs = validation.sites.target[validation.chosen, validation.days]
+    best, kept = np.nan, None
     for step in range(o.steps):
         model.train()
         i = rng.choice(len(samples.site), o.batch_size)
         site, day = samples.site[i], samples.start[i][:, None] + np.arange(samples.length)
         y = truth[site[:, None], day].to(samples.device)                        # (B, L)
-        scored = ~y.isnan()
-        scored[:, :s["warmup"]] = False
+        y[:, :s["warmup"]] = np.nan                         # not scored
         error = task.loss(samples.outputs(i), y.nan_to_num(), reduction="none")     # (B, L)
-        loss = (error * weight[site].to(samples.device))[scored].mean()
+        loss = (error * weight[site].to(samples.device))[~y.isnan()].mean()
         descend(optimizer, loss, o.lr * learning_rate(step / o.steps), clip=1.0,
                 where=f"step {step} of {o.task}")
         if (step + 1) % max(o.steps // 10, 1) == 0:         # early stopping on validation sites
-            value = next(iter(score().values()))
-            if kept is None or math.isnan(best) or value > best:
+            value = next(iter(SCORINGS[task.scoring](obs, validation.predict()).values()))
+            if kept is None or np.isnan(best) or value > best:
                 best, kept = value, {k: x.clone() for k, x in model.state_dict().items()}
     model.load_state_dict(kept)
     return best
@@ -403,8 +402,7 @@ def main(argv=None, options_class=Options, description=__doc__, defaults=None):
     if o.quick:
         o.steps, o.batch_size = min(o.steps, 10), 8
     sites = data.load(o.data, task.target, cache=Path(o.out, "cache"), quick=o.quick)
-    if task.prepare:
-        sites = task.prepare(sites, o)
+    sites = task.prepare(sites, o)
     kinds = "+".join(source.partition(":")[0] for source in o.data.split(","))
     setting = f"{o.task} {kinds} {o.holdout}{o.folds}"
     for name in ("reshuffle_folds", "labelled", "missing"):
@@ -416,12 +414,12 @@ def main(argv=None, options_class=Options, description=__doc__, defaults=None):
             setting=setting, model=variant, fold=fold, seed=seed, seeds=1,
             baseline=task.baseline, scoring=task.scoring, unit=task.unit))
         if path.exists() and str(np.load(path)["about"]) == about:
-            print(f"{path}: done before")
+            print(f"{path}: done before with these options; delete it to repeat the run")
             continue
         fold_of = data.folds(sites, o.holdout, o.folds, seed if o.reshuffle_folds else 0)
         model, arrays = run(o, variant, sites, fold_of, fold, seed)
-        saved = dict(version=VERSION, settings=model.settings, weights=model.state_dict())
-        save(path.with_suffix(".pt"), saved)
+        save(path.with_suffix(".pt"), version=VERSION, settings=model.settings,
+             weights=model.state_dict())
         data.write_atomically(path, lambda file: np.savez_compressed(file, about=about, **arrays))
 
 

@@ -113,27 +113,24 @@ class StefaLand(nn.Module):
         """
         encoded = self.encode(forcing, static, latlon, day_of_year, hidden)
         dynamic_guess, static_guess = self.decode(encoded)
-        scored_dynamic = hidden.dynamic & ~forcing.isnan()
-        scored_static = hidden.static & ~static.isnan()
-        errors = torch.stack([squared_error(dynamic_guess, forcing, scored_dynamic),
-                              squared_error(static_guess, static, scored_static)])
-        return errors, torch.stack([scored_dynamic.sum(), scored_static.sum()])
+        dynamic_sum, dynamic_count = squared_error(dynamic_guess, forcing, hidden.dynamic)
+        static_sum, static_count = squared_error(static_guess, static, hidden.static)
+        return torch.stack([dynamic_sum, static_sum]), torch.stack([dynamic_count, static_count])
 
     def draw_masks(self, B, T, generator=None):
         """Hide whole groups (CVGM, A.2): inside random windows, or over the whole sample."""
         c, device = self.config, self.position.device
         uniform = partial(torch.rand, generator=generator, device=device)       # in [0, 1)
-        shortest, longest = min(c.window_days[0], T), min(c.window_days[1], T)
-        length = uniform(B, c.windows) * (longest - shortest + 1)
-        length = shortest + length.long()                                       # (B, windows)
+        low, high = min(c.window_days[0], T), min(c.window_days[1], T)
+        length = low + (uniform(B, c.windows) * (high - low + 1)).long()        # (B, windows)
         start = (uniform(B, c.windows) * (T - length + 1)).long()               # (B, windows)
         day = torch.arange(T, device=device)[:, None]                           # (T, 1)
         inside = (day >= start[:, None]) & (day < (start + length)[:, None])    # (B, T, windows)
-        dynamic, static = c.dynamic_groups or c.dynamic_names, c.static_groups or c.static_names
-        drawn = draw_groups(dynamic, c.p_dynamic, uniform, B, c.windows)        # (B, windows, C)
+        groups = c.dynamic_groups or c.dynamic_names
+        drawn = draw_groups(groups, c.p_dynamic, uniform, B, c.windows)         # (B, windows, C)
         in_a_window = (inside[..., None] & drawn[:, None]).any(2)               # (B, T, C)
-        always = draw_groups(dynamic, c.p_always, uniform, B, 1)                # (B, 1, C)
-        static = draw_groups(static, c.p_static, uniform, B)                    # (B, S)
+        always = draw_groups(groups, c.p_always, uniform, B, 1)                 # (B, 1, C)
+        static = draw_groups(c.static_groups or c.static_names, c.p_static, uniform, B)     # (B, S)
         return Masks(in_a_window | always, static, uniform(B) < c.p_location)
 
     def check(self, forcing, static):
@@ -159,9 +156,10 @@ def draw_groups(groups, chance, uniform, *shape):
     return fallen[..., [names.index(group) for group in groups]]                # (*shape, V)
 
 
-def squared_error(guess, truth, scored):
-    """Sum over the entries that are scored; in float32 also under autocast."""
-    return ((guess.float() - truth.nan_to_num()) * scored).square().sum()
+def squared_error(guess, truth, hidden):
+    """Sum over the entries hidden and observed, in float32 also under autocast; their number."""
+    scored = hidden & ~truth.isnan()
+    return ((guess.float() - truth.nan_to_num()) * scored).square().sum(), scored.sum()
 
 
 def masked_loss(errors, counts):
@@ -226,9 +224,8 @@ class LocationEncoding(nn.Module):
 
     def forward(self, latlon, hide=None):
         """Coordinates that are NaN or in `hide` become a learned "no location" vector."""
-        unknown = latlon.isnan().any(-1)                                        # (B,)
-        if hide is not None:
-            unknown = unknown | hide
+        missing = latlon.isnan().any(-1)                                        # (B,)
+        unknown = missing if hide is None else missing | hide                   # (B,)
         basis = spherical_harmonics(latlon.nan_to_num(), self.degree) * math.sqrt(4 * math.pi)
         return torch.where(unknown[:, None], self.nowhere, self.mlp(basis.to(latlon.dtype)))
 

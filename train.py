@@ -101,10 +101,9 @@ def train(o, sites):
         done = stop or step >= o.steps
         # the first checkpoint is of step 0, so that any run can be resumed
         if rank == 0 and (done or step % o.save_every == 0) and (step > first or step == 0):
-            state = dict(version=VERSION, config=asdict(config), options=asdict(o), step=step,
-                         ids=ids, latlon=torch.tensor(sites.latlon[training]), scaling=scaling,
-                         model=model.state_dict(), optimizer=optimizer.state_dict())
-            save(checkpoint, state)
+            save(checkpoint, version=VERSION, config=asdict(config), options=asdict(o), step=step,
+                 ids=ids, latlon=torch.tensor(sites.latlon[training]), scaling=scaling,
+                 model=model.state_dict(), optimizer=optimizer.state_dict())
         if done:
             break
         # All randomness follows from (seed, step): a resumed run needs no generator state. Every
@@ -121,7 +120,7 @@ def train(o, sites):
         hidden = Masks(*[part[share] for part in hidden])
         with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
             errors, counts = wrapped(*batch, hidden=hidden)
-        interrupts = interrupted.clone()
+        interrupts = interrupted.clone()                    # a signal may arrive after the sum
         if world > 1:
             dist.all_reduce(counts)                         # the mean is over the whole batch
             dist.all_reduce(interrupts)                     # all processes end with the same step
@@ -132,9 +131,9 @@ def train(o, sites):
         if rank == 0 and (time.time() - shown > 10 or step == o.steps):
             shown, pace = time.time(), (time.time() - began) / (step - first)
             dynamic, static = (errors.detach() * world / counts.clamp(min=1)).tolist()
-            print(f"step {step}/{o.steps}  masked loss: dynamic {dynamic:.3f}, static {static:.3f}  "
-                  f"{o.batch_size / pace:.1f} samples/s  {(o.steps - step) * pace / 60:.1f} min left",
-                  flush=True)
+            print(f"step {step}/{o.steps}  masked loss: dynamic {dynamic:.3f}, static {static:.3f}"
+                  f"  {o.batch_size / pace:.1f} samples/s"
+                  f"  {(o.steps - step) * pace / 60:.1f} min left", flush=True)
     if rank == 0 and stop:
         print(f"stopped after step {step}; continue with --resume")
     elif rank == 0 and len(validation):
@@ -153,9 +152,9 @@ def split(o, sites):
 def configure(o, sites):
     """The network's Config for these sites: the preset's, with the changes of --config."""
     changes = [change.split("=") for change in o.config.split(",") if change]
-    changes = {"max_days": o.seq_len} | {name: ast.literal_eval(text) for name, text in changes}
+    chosen = {"max_days": o.seq_len} | {name: ast.literal_eval(text) for name, text in changes}
     return Config(sites.dynamic_names, sites.static_names, data.groups(sites.dynamic_names),
-                  data.groups(sites.static_names), **PRESETS[o.preset] | changes)
+                  data.groups(sites.static_names), **PRESETS[o.preset] | chosen)
 
 
 def descend(optimizer, loss, lr, clip, where=""):
@@ -177,9 +176,9 @@ def learning_rate(progress):
     return min(progress / 0.05 + 1e-3, 0.51 + 0.49 * cosine)
 
 
-def save(path, state):
-    """Plain values and tensors, to be read by load_file."""
-    torch.save(state, buffer := io.BytesIO())               # to a full disk, it hides the reason
+def save(path, **values):
+    """A file of these plain values and tensors, version among them, to be read by load_file."""
+    torch.save(values, buffer := io.BytesIO())              # to a full disk, it hides the reason
     data.write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
@@ -198,7 +197,7 @@ def load_checkpoint(path):
 def load_file(path, version, rebuild):
     """rebuild(what torch.save wrote); ValueError says why it cannot be, and no code of it runs."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}: run python train.py, then finetune.py")
+        raise FileNotFoundError(f"no file {path}: run python train.py first")
     try:
         data.check(zipfile.ZipFile(path).testzip() is None, "it is damaged")    # torch ignores sums
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -219,11 +218,11 @@ class Windows:
 
     def __init__(self, sites, scaling, days, dynamic_names, static_names):
         data.check(len(sites.dates) >= days,
-                   f"{len(sites.dates)} days of data, windows of {days}: lower --seq-len")
+                   f"{len(sites.dates)} days of data, windows of {days}: lower --seq-len, as of the "
+                   "pretraining")
         self.days, self.scaling, self.sites = days, scaling["forcing"], sites
         self.dynamic_names = dynamic_names
-        parts = np.array_split(sites.forcing, len(sites.ids) // 1000 + 1)
-        seen = np.concatenate([~np.isnan(part).all(-1) for part in parts])      # (N, T)
+        seen = np.stack([~np.isnan(series).all(-1) for series in sites.forcing])    # (N, T)
         self.first, self.last = seen.argmax(1), seen.shape[1] - seen[:, ::-1].argmax(1)
         self.last[~seen.any(1)] = 0                         # no record: windows start at day 0
         static = arrange(sites.static, sites.static_names, static_names)
@@ -248,7 +247,7 @@ class Windows:
 
 
 def arrange(values, names, wanted):
-    """(..., names) -> (..., wanted): these variables in this order, NaN for one that is not there."""
+    """(..., names) -> (..., wanted): these variables in this order, NaN for those not there."""
     if names == wanted:
         return values
     result = np.full((*values.shape[:-1], len(wanted)), np.nan, np.float32)
@@ -311,9 +310,8 @@ def report(model, windows, validation):
 def setup(device):
     """(rank, processes, device); joins torchrun's group, nccl on CUDA and gloo on the CPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not device and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(device or "cpu")
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(device or (gpu if torch.cuda.is_available() else "cpu"))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if platform.libc_ver()[0] == "glibc":       # keep freed blocks: faults are a tenth of a step

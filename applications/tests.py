@@ -360,7 +360,7 @@ def test_figures_say_what_they_cannot_draw():
     torch.save(saved | {"options": saved["options"] | {"data": "nowhere:DIR"}}, path)
     with contextlib.redirect_stdout(io.StringIO()) as text:
         figures.main(["--out", out])                        # needs no matplotlib
-    assert "reconstruction.png is not drawn: data 'nowhere'" in text.getvalue()
+    assert "reconstruction.png is not drawn: 'nowhere'" in text.getvalue()
     with mock.patch.dict(sys.modules, {"matplotlib": None}):
         raises(SystemExit, "pip install matplotlib", figures.new_figure, 1, 1)
 
