@@ -179,6 +179,13 @@ def test_the_synthetic_world_is_the_same_for_the_same_seed():
     a, b, c = (vars(data.synthetic_world(seed, 80, 2)) for seed in (0, 0, 1))
     np.testing.assert_equal(a, b)
     assert not np.array_equal(a["latlon"], c["latlon"])
+    for values, means in (                                  # and the one that results are of
+            (a["static"], [534.3, 1.411, 4.898, 29.29, 35.88, 36.43, 57.32, 25.66, -12.9, 0.4463,
+                           0.1587, 47.87, 15.27, 2.284, 3.103, 14.67, 0.106, 621.8, 44.79]),
+            (a["forcing"].reshape(-1, 6), [2.387, 19.59, 10.35, 3.084, 198.7, 61.07]),
+            (a["target"].reshape(-1, 1), [1.064]), (a["extra"]["latents"], [
+                0.06082, -0.008743, 0.4911, -0.03388, 0.02868, 0.4498, 1.374, 1.498])):
+        np.testing.assert_allclose(np.nanmean(values, 0), means, rtol=2e-3)
 
 
 def test_the_synthetic_world_is_plausible():
@@ -271,6 +278,7 @@ def test_basins_of_your_own_are_read():
     np.testing.assert_equal(s.static, [[20, 1], [30, nan]])
     assert s.dynamic_names == ("precipitation", "temperature", "tmax", "tmin", "pet")
     np.testing.assert_allclose(s.forcing[0, :, :4], [[1, 5, 8, 2], [2, 5, 9, 1]])
+    assert np.isclose(s.forcing[0, 0, 4], data.potential_evaporation(50, 1, 5.0, 8.0, 2.0))
     np.testing.assert_allclose(s.target, [[0.5, 0.6], [nan, nan]])              # b2 has no file
     assert np.isnan(s.forcing[1]).all()
 
@@ -652,6 +660,11 @@ def test_sites_are_chosen_by_fold_label_and_basin_list():
            1, rng(0))
 
 
+def test_the_first_predictions_are_known():
+    for variant, mean in (("resconn", 0.65445), ("lstm", 0.62622), ("noresconn", 0.61386)):
+        assert abs(quick_run(variant)["sim"].mean() - mean) < 2e-4, variant
+
+
 def test_what_is_learned_can_be_undone():
     task, y = finetune.TASKS["streamflow"], np.array([[0, 0.3, 9]])
     close(task.inverse(task.transform(y, None), None), y)
@@ -761,8 +774,9 @@ def table_of(scoring, runs):
 
 def test_the_table_scores_all_test_sites_at_once_and_gains_by_site():
     far, near = np.array([[0.0], [1]]), np.array([[10.0], [11]])
-    text = table_of("value", [("resconn", 0, 0, far, far + 0.5), ("resconn", 1, 0, near, near + 0.5),
-                              ("lstm", 0, 0, far, far + 1), ("lstm", 1, 0, near, near + 1)])
+    text = table_of("value", [
+        ("resconn", 0, 0, far, far + 0.5), ("resconn", 1, 0, near, near + 0.5),
+        ("lstm", 0, 0, far, far + 1), ("lstm", 1, 0, near, near + 1)])
     # within a fold R2 is 0 and -3, over both it is 1 - 4 * error^2 / 101
     assert re.search(r"resconn +4 sites, 2 folds, 1 seeds  R2 0.990 ± 0.000", text), text
     assert "gain over lstm +0.500, p 1.2e-01" in text and text.count("gain") == 1

@@ -218,8 +218,8 @@ class Windows:
 
     def __init__(self, sites, scaling, days, dynamic_names, static_names):
         data.check(len(sites.dates) >= days,
-                   f"{len(sites.dates)} days of data, windows of {days}: lower --seq-len, as of the "
-                   "pretraining")
+                   f"{len(sites.dates)} days of data, windows of {days}: pretrain with "
+                   "a smaller --seq-len")
         self.days, self.scaling, self.sites = days, scaling["forcing"], sites
         self.dynamic_names = dynamic_names
         seen = np.stack([~np.isnan(series).all(-1) for series in sites.forcing])    # (N, T)

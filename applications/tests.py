@@ -170,6 +170,8 @@ def test_damaged_landslide_archives_are_refused():
             (slopes(res=0.0), "raster.npz: cells of 0.0 m"), (slopes(xmin=nan), "nan, 9560000"),
             (slopes(ta=np.zeros((4, 5))), "raster.npz: ta has the shape")):
         raises(ValueError, complaint, data.load, f"landslide:{folder}", "landslide", cache=None)
+    both = "landslide:{0},csv:{1}".format(slopes(), archives())
+    raises(ValueError, "sites have no (patch|landslide)", data.load, both, cache=None)
     (folder / "raster.npz").unlink()
     raises(FileNotFoundError, r"no file \*.npz", data.load, f"landslide:{folder}", cache=None)
 
@@ -269,6 +271,14 @@ def test_every_real_point_has_an_ndvi_or_none_and_its_vector():
     assert np.isnan(finetune.TASKS["ndvi"].prepare(s, None).static).all()
 
 
+def test_adapters_keep_the_shape():
+    x = torch.randn(2, 5, 16)
+    for name, adapter in adapters.ADAPTERS.items():
+        assert adapter(16)(x).shape == x.shape, name
+        head = finetune.VARIANTS[f"resconn-{name}"].head(16, 0.1, {})
+        assert isinstance(head.adapter, type(adapter(16))) and head(x, []).shape == (2, 5), name
+
+
 def test_experts_are_weighted_by_their_gate():
     torch.manual_seed(0)
     layer, x = adapters.Experts(8, n=3), torch.randn(2, 5, 8)
@@ -295,6 +305,9 @@ def test_the_released_network_returns_what_theirs_returned():
     assert [*network.static_names] == [*file["static_names"]]
     differences = release.differences(REAL / "release/release_io.npz")
     assert len(differences) == 5 and max(differences.values()) < 1e-5, differences
+    embedding, mean = network.static_embedding, torch.tensor(  # what hides an attribute is its mean
+        state["static_embedding.masked_values"]).mean(0)
+    close(embedding(mean, torch.ones(len(mean)).bool()), embedding(mean))
 
 
 @needs_real_data
@@ -329,6 +342,8 @@ def test_ridge_regression_and_r_squared():
     guess = torch.tensor(reconstruction.ridge(x[:150], y[:150], x[150:]))[:, None]
     useless = reconstruction.ridge(x[:150], noise[:150], x[150:])
     assert np.abs(useless - noise[:150].mean()).max() < 0.5
+    much = rng.normal(size=(60, 40))
+    assert reconstruction.ridge(much[:50], noise[:50], much[50:]).std() < 0.3   # well penalised
     truth, half = torch.tensor(y[150:, None]), torch.arange(50)[:, None] < 25
     assert reconstruction.r_squared(truth, guess, half | True) > 0.99
     assert abs(reconstruction.r_squared(truth, 0 * guess + truth.mean(), half | True)) < 1e-9
