@@ -268,7 +268,7 @@ def assemble(records, target):
     """`Sites` on the union of the records' dates and variables; unknown attributes come last."""
     known = set().union(*[record.static for record in records])
     static_names = [name for name in STATIC if name in known] + sorted(known - STATIC.keys())
-    static_names = static_names or ["elevation"]            # missing throughout, as below
+    static_names = static_names or ["elevation"]            # one at least, if all missing
     series = set().union(*[record.series for record in records])
     dynamic_names = [name for name in DYNAMIC if name in series] or ["precipitation"]
     unused = sorted(series - {*dynamic_names, target})

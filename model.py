@@ -49,10 +49,10 @@ NEVER_HIDDEN = "context"
 
 
 class Masks(NamedTuple):
-    """What is hidden of a batch, True = hidden; None = nothing."""
-    dynamic: torch.Tensor = None   # (B, T, C)
-    static: torch.Tensor = None    # (B, S)
-    location: torch.Tensor = None  # (B,)
+    """What is hidden of a batch: True = hidden; False alone = nothing."""
+    dynamic: torch.Tensor = False  # (B, T, C)
+    static: torch.Tensor = False   # (B, S)
+    location: torch.Tensor = False     # (B,)
 
 
 class StefaLand(nn.Module):
@@ -186,10 +186,9 @@ class VariableEmbedding(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(n_variables, d_model))
         self.mask_vector = nn.Parameter(0.02 * torch.randn(n_variables, d_model))
 
-    def forward(self, x, hide=None):
+    def forward(self, x, hide=False):
         """Entries that are NaN or in `hide` become the variable's learned mask vector."""
-        absent = x.isnan() if hide is None else x.isnan() | hide                # (..., V)
-        seen = (~absent).to(x.dtype)
+        seen = (~(x.isnan() | hide)).to(x.dtype)                                # (..., V)
         h = F.gelu(x.nan_to_num()[..., None] * self.w1 + self.b1)               # (..., V, hidden)
         h = (h * seen[..., None]).flatten(-2)                                   # (..., V hidden)
         # One product instead of V: the hidden units stand side by side, those of hidden variables
@@ -222,10 +221,9 @@ class LocationEncoding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear((degree + 1) ** 2, d_model), nn.GELU(),
                                  nn.Linear(d_model, d_model))
 
-    def forward(self, latlon, hide=None):
+    def forward(self, latlon, hide=False):
         """Coordinates that are NaN or in `hide` become a learned "no location" vector."""
-        missing = latlon.isnan().any(-1)                                        # (B,)
-        unknown = missing if hide is None else missing | hide                   # (B,)
+        unknown = latlon.isnan().any(-1) | hide                                 # (B,)
         basis = spherical_harmonics(latlon.nan_to_num(), self.degree) * math.sqrt(4 * math.pi)
         return torch.where(unknown[:, None], self.nowhere, self.mlp(basis.to(latlon.dtype)))
 

@@ -234,7 +234,7 @@ class Windows:
         """Random first days of windows within the records of the sites: (B,) -> (B,)."""
         room = np.maximum(self.last[site] - self.days - self.first[site], 0)
         start = self.first[site] + rng.integers(0, room + 1)
-        return np.minimum(start, len(self.day_of_year) - self.days)
+        return np.minimum(start, len(self.day_of_year) - self.days)     # of short records, too
 
     def get(self, site, start, device="cpu"):
         """forcing (B, L, C), static (B, S), latlon (B, 2), day_of_year (B, L)."""

@@ -58,7 +58,7 @@ def decode(model, batch, hidden, size=64):
     dynamic, static = [], []
     for first in range(0, len(batch[0]), size):
         part = [x[first:first + size] for x in batch]
-        masks = [None if mask is None else mask[first:first + size] for mask in hidden]
+        masks = [mask if mask is False else mask[first:first + size] for mask in hidden]
         guess = model.eval().decode(model.encode(*part, Masks(*masks)))
         dynamic.append(guess[0])
         static.append(guess[1])
