@@ -252,7 +252,7 @@ class Samples:
             outputs = self.outputs(i).cpu().numpy() * s["spread"] + s["centre"]
             for site, start, y in zip(self.site[i], self.start[i], outputs):
                 cold = s["warmup"] if start else 0
-                days = result[site, start + cold:start + self.length]
+                days = result[site, start + cold:start + self.length]           # a view
                 np.copyto(days, y[cold:], where=np.isnan(days))     # the earlier window is warmer
         return self.model.task.inverse(result, self.sites)[self.chosen, self.days]
 
