@@ -454,6 +454,7 @@ def test_a_stopped_run_resumes_bit_for_bit():
     resumed, same = run("--resume", out)
     assert "continue with --resume" in stopped and part["step"] < 8 == same["step"]
     assert f"from step {part['step']}" in resumed and "R2 of hidden weather" in text
+    assert ", float32," in text                             # auto, at this width
     close(same["model"], whole["model"], atol=0)
     raises(AssertionError, "other training sites", run, "--resume --fold 2", out)
 
@@ -484,6 +485,8 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint():
     whole = Path(out, "pretrained.pt").read_bytes()
     text, _ = run("--resume --steps 15 --save-every 99 --lr 1e30", out, code=1)
     assert "FloatingPointError: loss" in text and Path(out, "pretrained.pt").read_bytes() == whole
+    _, saved = run(QUICK + " --save-every 99 --lr 1e30", mkdtemp(), code=1)
+    assert saved["step"] == 0                               # kept before the first step
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason():
@@ -550,6 +553,7 @@ def test_variables_are_arranged_by_name_and_lacking_ones_missing():
     np.testing.assert_equal(train.arrange(x, ("a", "b", "c"), ("c", "z", "a")),
                             [[2, nan, 0], [5, nan, 3]])
     assert train.arrange(x, ("a", "b", "c"), ("a", "b", "c")) is x
+    assert train.arrange(np.zeros((4, 5, 1)), ("a",), ("a", "b")).shape == (4, 5, 2)
 
 
 def test_windows_cover_the_days_asked_for_and_periods_name_them():
