@@ -302,9 +302,10 @@ def report(model, windows, validation):
     batch = windows.get(site, windows.starts(site, np.random.default_rng(0)))
     hidden = model.draw_masks(len(site), windows.days, torch.Generator().manual_seed(0))
     errors, counts = model(*batch, hidden)
-    dynamic, static = (1 - errors / counts).tolist()        # all is standardised: 1 is no skill
-    print(f"at {len(validation)} sites never trained on: R2 of hidden weather {dynamic:.3f}, "
-          f"of hidden attributes {static:.3f}")
+    for name, error, count in zip(("weather", "attributes"), errors, counts):
+        if count > 0:                                       # all is standardised: 1 is no skill
+            print(f"R2 of hidden {name} at {len(validation)} sites never trained on: "
+                  f"{1 - error / count:.3f}")
 
 
 def setup(device):
