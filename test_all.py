@@ -676,6 +676,16 @@ def test_the_first_predictions_are_known():
         assert abs(quick_run(variant)["sim"].mean() - mean) < 2e-4, variant
 
 
+def test_a_frozen_encoder_stays_and_a_tuned_one_changes():
+    (path, saved), sites = checkpoint(), data.load(quick=True)
+    o = finetune.Options(out=str(path.parent), steps=2, batch_size=8)
+    for variant in ("resconn", "direct"):
+        trained, _ = finetune.run(o, variant, sites, data.folds(sites, "pub", 5), 0, 0)
+        weights = trained.encoder.state_dict()
+        same = all(torch.equal(weights[name], saved["model"][name]) for name in weights)
+        assert same == (variant == "resconn")
+
+
 def test_what_is_learned_can_be_undone():
     task, y = finetune.TASKS["streamflow"], np.array([[0, 0.3, 9]])
     close(task.inverse(task.transform(y, None), None), y)

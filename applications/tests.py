@@ -115,6 +115,8 @@ def test_texture_and_what_is_derived_of_it_are_no_inputs_of_a_texture_task():
 def test_a_value_per_site_is_predicted_at_the_held_out_sites():
     out, sites = out_with_encoder(), data.load(quick=True)
     common.main("clay", "", argv=f"--quick --model resconn,mlp,glm --out {out}".split())
+    with mock.patch.dict(finetune.TASKS):                   # main() wraps them
+        alphaearth.main(f"--quick --task clay --model alphaearth --out {out}".split())
     clay = sites.static[data.folds(sites, "pub", 5) == 0, sites.static_names.index("clay")]
     for name, (result,) in evaluate.load_runs(out)["clay synthetic pub5"].items():
         assert np.array_equal(result["obs"][:, 0], clay[~np.isnan(clay)]), name
