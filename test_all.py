@@ -170,6 +170,8 @@ def test_the_network_refuses_input_it_has_no_place_for():
     raises(ValueError, "5 sites.*of 2", m.encode, forcing, static[:2])
     raises(ValueError, "400 days.*365", m.encode, torch.zeros(5, 400, 3), static)
     raises(ValueError, "missing", m.encode, forcing * nan, static * nan)
+    assert m.encode(forcing * nan, static).isfinite().all()     # either may be missing, not both
+    assert m.encode(forcing, static * nan).isfinite().all()
     assert m.encode(torch.zeros(5, 365, 3), static).shape == (5, 366, 16)
 
 
