@@ -9,6 +9,8 @@ Axes: N sites, T days, C dynamic variables, S static attributes.
 import csv
 import hashlib
 import os
+import re
+import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,12 +47,15 @@ def parse_table(text):
 
 
 # name, group (hidden together; "context" never), unit, column of Caravan and of CAMELS-US; run-off,
-# discharge and what else HydroATLAS derives from gauges are no inputs
+# discharge and what else HydroATLAS derives from gauges are no inputs. At 482 common gauges the two
+# archives agree but for these (see results/README.md): slope, of a coarser terrain in CAMELS, is a
+# third of Caravan's and multiplied by 3.1; karst and carbonate rocks are two variables; soil is of
+# two surveys that correlate by 0.6 to 0.7, and PET of two formulas (0.7): one variable, with noise.
 STATIC = parse_table("""
 elevation           terrain     m        ele_mt_sav             elev_mean
 elevation_max       terrain     m        ele_mt_smx             -
 elevation_min       terrain     m        ele_mt_smn             -
-slope               terrain     deg      slp_dg_sav*0.1         slope_mean*0.0573
+slope               terrain     deg      slp_dg_sav*0.1         slope_mean*0.178
 groundwater_depth   terrain     m        gwt_cm_sav*0.01        -
 soil_depth          terrain     m        -                      soil_depth_pelletier
 clay                soil        %        cly_pc_sav             clay_frac
@@ -60,7 +65,8 @@ organic_carbon      soil        t/ha     soc_th_sav             -
 soil_water          soil        %        swc_pc_syr             -
 soil_porosity       soil        -        -                      soil_porosity
 water_capacity      soil        m        -                      max_water_content
-carbonate           geology     %        kar_pc_sse             carbonate_rocks_frac*100
+karst               geology     %        kar_pc_sse             -
+carbonate           geology     %        -                      carbonate_rocks_frac*100
 permeability        geology     log10m2  -                      geol_permeability
 rock_porosity       geology     -        -                      geol_porostiy
 forest              vegetation  %        for_pc_sse             frac_forest*100
@@ -92,17 +98,25 @@ tmax                temperature    degC  temperature_2m_max       tmax(c)
 tmin                temperature    degC  temperature_2m_min       tmin(c)
 pet                 temperature    mm/d  -                        -
 shortwave           radiation      W/m2  -                        srad(w/m2)
+net_shortwave       radiation      W/m2  surface_net_solar_radiation_mean  -
 humidity            humidity       %     -                        -
 """)
-SERIES = {"streamflow": "streamflow", "vp(pa)": "vapour", "dayl(s)": "daylight"}
+SERIES = {"streamflow": "streamflow", "vp(pa)": "vapour", "dayl(s)": "daylight",
+          "dewpoint_temperature_2m_mean": "dewpoint"}
 for own_name, row in DYNAMIC.items():       # column of a daily table, in lower case -> our name
     SERIES |= {own_name: own_name, row.caravan: own_name, row.camels: own_name}
 
 
 def groups(names):
-    """The group of each variable; one of an unknown name is a group by itself."""
-    table = STATIC | DYNAMIC
-    return tuple(table[name].group if name in table else name for name in names)
+    """The group of each variable. One of an unknown name is a group by itself, or with those of
+    the same prefix: rock_granite, rock_marl and so on, one column a class, are the group "rock"."""
+    table, result = STATIC | DYNAMIC, []
+    prefixes = [name.partition("_")[0] for name in names if name not in table]
+    for name in names:
+        prefix = name.partition("_")[0]
+        alone = prefixes.count(prefix) < 2
+        result.append(table[name].group if name in table else name if alone else prefix)
+    return tuple(result)
 
 
 def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", quick=False):
@@ -119,8 +133,10 @@ def load(spec="synthetic", target="streamflow", seed=0, cache="out/cache", quick
         sites = replace(sites, target=sites.extra[target])
     elif spec == "synthetic" and target != "streamflow":    # an application's prepare may make it
         sites = replace(sites, target=np.full(len(sites.ids), np.nan, np.float32))
-    print(f"{spec}: {len(sites.ids)} sites, {sites.dates[0]} to {sites.dates[-1]}; daily "
-          f"{', '.join(sites.dynamic_names)}; {len(sites.static_names)} attributes, "
+    weather = f"{sites.dates[0]} to {sites.dates[-1]}, daily {', '.join(sites.dynamic_names)}"
+    if all(np.isnan(series).all() for series in sites.forcing):
+        weather = "no weather"
+    print(f"{spec}: {len(sites.ids)} sites; {weather}; {len(sites.static_names)} attributes, "
           f"{np.isnan(sites.static).sum()} of {sites.static.size} values missing")
     return sites
 
@@ -236,8 +252,8 @@ class Record(NamedTuple):
     """One site as an archive knows it."""
     id: str
     file: Path             # named in complaints
-    latlon: tuple          # degrees
-    static: dict           # attribute -> value
+    latlon: tuple          # latitude and longitude, degrees; None: not known
+    static: dict           # attribute -> value; neither a place nor what will be predicted
     series: dict           # daily variable, target too -> (dates, values)
     extra: dict = {}       # name -> value or array, becomes Sites.extra
 
@@ -266,6 +282,10 @@ def load_archives(spec, target, cache):
 
 def assemble(records, target):
     """`Sites` on the union of the records' dates and variables; unknown attributes come last."""
+    for record in records:                                  # an empty column is none
+        for name, (_, values) in list(record.series.items()):
+            if np.isnan(values).all():
+                del record.series[name]
     known = set().union(*[record.static for record in records])
     static_names = [name for name in STATIC if name in known] + sorted(known - STATIC.keys())
     static_names = static_names or ["elevation"]            # one at least, if all missing
@@ -274,6 +294,9 @@ def assemble(records, target):
     unused = sorted(series - {*dynamic_names, target})
     if unused:
         print(f"neither weather nor the target, not used: {', '.join(unused)}")
+    dry = sum(not record.series.keys() & {*dynamic_names} for record in records)
+    if dry:
+        print(f"{dry} of {len(records)} sites have no weather")
     days = [days for record in records for days, _ in record.series.values()]
     days = days or [np.arange("1970", "1971", dtype="datetime64[D]")]   # no weather: an empty year
     dates = np.arange(min(d.min() for d in days), max(d.max() for d in days) + 1)
@@ -281,14 +304,15 @@ def assemble(records, target):
     ids = np.array([record.id for record in records])                           # (N,)
     names, count = np.unique(ids, return_counts=True)
     check(count.max() == 1, f"the site {names[count.argmax()]} is there twice")
-    latlon = np.array([record.latlon for record in records], np.float32)        # (N, 2)
+    latlon = [record.latlon or (np.nan, np.nan) for record in records]
+    latlon = np.array(latlon, np.float32)                                       # (N, 2)
     latlon[:, 1] = (latlon[:, 1] + 180) % 360 - 180
     static = np.full((len(ids), len(static_names)), np.nan, np.float32)         # (N, S)
     daily = np.full((len(ids), len(dates), len(dynamic_names) + 1), np.nan, np.float32)
     for i, record in enumerate(records):
-        place, (lat, lon) = f"{record.file}: site {record.id}", record.latlon
-        check(np.isnan(lat) or abs(lat) <= 90, f"{place} has the latitude {lat}")
-        check(np.isnan(lon) or abs(lon) <= 360, f"{place} has the longitude {lon}")
+        place, (lat, lon) = f"{record.file}: site {record.id}", record.latlon or (0, 0)
+        check(abs(lat) <= 90, f"{place} has the latitude {lat}")
+        check(abs(lon) <= 360, f"{place} has the longitude {lon}")
         static[i] = [record.static.get(name, np.nan) for name in static_names]
         for j, name in enumerate([*dynamic_names, target]):                     # the target is last
             if name in record.series:
@@ -310,17 +334,27 @@ def read_caravan(folder):
     Its potential evaporation is several times too high and not read: see read_series.
     """
     attributes = read_attributes(sorted(folder.glob("attributes/*/attributes_*.csv")), "caravan")
-    series = {path.stem: path for path in folder.glob("timeseries/csv/*/*.csv")}
+    series, strays = {}, []
+    for source in sorted(folder.glob("timeseries/csv/*")):
+        files = sorted(source.glob("*.csv"))
+        named = [path for path in files if path.stem.startswith(source.name + "_")]
+        named = named or [path for path in files if "date" in header_of(path)]
+        series |= {path.stem: path for path in named}
+        strays += sorted({*files} - {*named})
     print(f"{folder}: {len(series)} gauges with a series, {len(series.keys() - attributes)} of "
           f"them without attributes; {len(attributes.keys() - series)} without a series left out")
+    if strays:
+        print(f"{folder}: no gauges, passed over: {', '.join(path.name for path in strays)}")
     for site, path in sorted(series.items()):
         static = dict(attributes.get(site, {}))
-        latlon = static.pop("gauge_lat", np.nan), static.pop("gauge_lon", np.nan)
-        yield Record(site, path, latlon, static, read_series(Table(path, ["date"]), latlon[0]))
+        lat, lon = static.pop("gauge_lat", np.nan), static.pop("gauge_lon", np.nan)
+        series = read_series(Table(path, ["date"]), lat)
+        yield Record(site, path, place(lat, lon), static, series)
 
 
 def read_camels(folder):
-    """CAMELS-US (doi 10.5065/D6MW2F4D, 10.5194/hess-21-5293-2017), Daymet if there are several.
+    """CAMELS-US (doi 10.5065/D6MW2F4D, 10.5194/hess-21-5293-2017), with the first forcing there is
+    of Daymet, Maurer, NLDAS. For another one give a folder without those before it.
 
     camels_hydro.txt is made from the streamflow and never read. Latitude, elevation and area also
     stand in the forcing files: all that is known where there are no attribute tables.
@@ -330,8 +364,11 @@ def read_camels(folder):
         print(f"{folder}: no camels_topo.txt and so on, only latitude, elevation and area known")
     attributes = read_attributes(tables, "camels", ";")
     flows = {path.name[:8]: path for path in folder.glob("usgs_streamflow/**/*_streamflow_qc.txt")}
-    daymet = sorted(folder.glob("basin_mean_forcing/**/*_cida_forcing_leap.txt"))
-    for path in daymet or sorted(folder.glob("basin_mean_forcing/**/*_forcing_leap.txt")):
+    forcings = {kind: sorted(folder.glob(f"basin_mean_forcing/**/*_{kind}_forcing_leap.txt"))
+                for kind in ("cida", "maurer", "nldas")}    # cida is Daymet
+    there = [kind for kind in forcings if forcings[kind]] or ["cida"]
+    print(f"{folder}: forcing {there[0]}, of {', '.join(there)}")
+    for path in forcings[there[0]]:
         basin = path.name[:8]
         head = Table(path, [], None, ["value"], slice(0, 3)).numbers("value")
         check(len(head) == 3 and abs(head[0]) <= 90 and head[2] > 0,
@@ -344,28 +381,28 @@ def read_camels(folder):
             table = Table(flows[basin], [], None, ["id", "year", "mnth", "day", "flow", "flag"])
             mm = table.numbers("flow") * (0.028316846592 * 86400 * 1000 / area)     # from ft3/s
             series["streamflow"] = table.dates(), mm
-        latlon = static.pop("gauge_lat", lat), static.pop("gauge_lon", np.nan)
-        yield Record(basin, path, latlon, static, series)
+        lat, lon = static.pop("gauge_lat", np.nan), static.pop("gauge_lon", np.nan)
+        yield Record(basin, path, place(lat, lon), static, series)
 
 
 def read_csv(folder):
     """Basins of your own, without an archive's layout.
 
-    sites.csv: id, lat, lon and attributes, named as in STATIC or your own way. <id>.csv, for each
-    site that has daily data: date, weather named as in DYNAMIC, in its units, and the target, such
-    as streamflow in mm/d.
+    sites.csv: id, lat, lon (both empty: unknown) and attributes, named as in STATIC or your own
+    way. <id>.csv, for each site that has daily data: date, weather named as in DYNAMIC, in its
+    units, and the target, such as streamflow in mm/d.
     """
     table = Table(folder / "sites.csv", ["id", "lat", "lon"])
     attributes = {name: table.numbers(name) for name in table.columns if name != "id"}
     for i, site in enumerate(table.columns["id"]):
         static = {name: values[i] for name, values in attributes.items()}
-        latlon = static.pop("lat"), static.pop("lon")
+        lat, lon = static.pop("lat"), static.pop("lon")
         file, series = folder / f"{site}.csv", {}
         if file.is_file():
             daily = Table(file, ["date"])
             own_names = {name: name for name in daily.columns if name != "date"}
-            series = read_series(daily, latlon[0], own_names | SERIES)
-        yield Record(site, file, latlon, static, series)
+            series = read_series(daily, lat, own_names | SERIES)
+        yield Record(site, file, place(lat, lon), static, series)
     lacking = [site for site in table.columns["id"] if not (folder / f"{site}.csv").is_file()]
     print(f"{folder}: {len(lacking)} of {len(table.lines)} sites have no <id>.csv {lacking[:3]}")
 
@@ -374,7 +411,11 @@ READERS = {"caravan": read_caravan, "camels": read_camels, "csv": read_csv}
 
 
 def read_attributes(paths, archive, delimiter=","):
-    """Tables joined on gauge_id -> {site: {name: value}}; archive: a column's name of STATIC."""
+    """Tables joined on gauge_id -> {site: {name: value}}; archive: a column's name of STATIC.
+
+    Of Caravan's and CAMELS' own tables only those columns are read; of any other table, too, what
+    is not HydroATLAS's, under its own name.
+    """
     columns = {name: getattr(variable, archive) for name, variable in STATIC.items()}
     columns |= {"gauge_lat": "gauge_lat", "gauge_lon": "gauge_lon"}
     sites = {}
@@ -382,7 +423,15 @@ def read_attributes(paths, archive, delimiter=","):
         table = Table(path, ["gauge_id"], delimiter)
         ids, count = np.unique(table.columns["gauge_id"], return_counts=True)
         check(count.max() == 1, f"{path}: site {ids[count.argmax()]} twice")
-        for name, text in columns.items():
+        wanted = dict(columns)
+        if not re.fullmatch(OFFICIAL, path.name):
+            known = {"gauge_id", *[text.partition("*")[0] for text in columns.values()]}
+            own = [name for name in table.columns
+                   if name not in known and not re.fullmatch(HYDROATLAS, name)]
+            wanted |= {name: name for name in own if table.is_numeric(name)}
+            print(f"{path}: its own attributes {[*wanted.keys() & {*own}]}, "
+                  f"text that is not read {sorted({*own} - wanted.keys())}")
+        for name, text in wanted.items():
             column, _, factor = text.partition("*")
             if column in table.columns:
                 values = table.numbers(column) * np.float32(factor or 1)
@@ -391,20 +440,33 @@ def read_attributes(paths, archive, delimiter=","):
     return sites
 
 
+OFFICIAL = "camels_.*|attributes_(caravan|hydroatlas|other)_.*"     # tables
+HYDROATLAS = "[a-z]{3}_[a-z0-9]{2}_[a-z0-9]{3}"                         # columns
+
+
 def read_series(table, lat, columns=SERIES):
-    """{variable or target: (dates, values)} of a daily table; PET and humidity are derived."""
+    """{variable or target: (dates, values)} of a daily table; PET and humidity are derived.
+
+    ValueError if it has no weather at all.
+    """
     days = table.dates()
     series = {name: table.numbers(column) for column, name in columns.items()
               if column in table.columns}
+    check(series.keys() & DYNAMIC.keys(),
+          f"{table.path}: no weather among its columns {', '.join(table.columns)}")
+    if {"tmax", "tmin"} <= series.keys() and not (series["tmax"] > series["tmin"]).any():
+        series["temperature"] = series.pop("tmax")          # both are the daily mean, as in NLDAS
+        del series["tmin"]
     tmax, tmin, t = series.get("tmax"), series.get("tmin"), series.get("temperature")
     if t is None and tmax is not None and tmin is not None:
         t = series["temperature"] = (tmax + tmin) / 2
     if t is not None and "pet" not in series:
         series["pet"] = potential_evaporation(lat, day_of_year(days), t, tmax, tmin)
     vapour, daylight = series.pop("vapour", None), series.pop("daylight", None)
-    if vapour is not None and t is not None:                # saturation pressure: FAO-56 eq. 11
-        humidity = vapour / (6.108 * np.exp(17.27 * t / (t + 237.3)))           # Pa / hPa = %
-        series["humidity"] = np.clip(humidity, 0, 100)
+    if "dewpoint" in series:
+        vapour = saturation_pressure(series.pop("dewpoint"))
+    if vapour is not None and t is not None:
+        series["humidity"] = np.clip(100 * vapour / saturation_pressure(t), 0, 100)
     if daylight is not None and "shortwave" in series:      # mean over daylight -> over the day
         series["shortwave"] = series["shortwave"] * daylight / 86400
     return {name: (days, values) for name, values in series.items()}
@@ -438,6 +500,10 @@ class Table:
         self.lines, rows = zip(*numbered)
         self.columns = dict(zip(header, zip(*rows)))
 
+    def is_numeric(self, name):
+        """Whether each field of a column is a number or missing."""
+        return not any(np.isinf(number(text)) for text in self.columns[name])
+
     def numbers(self, name):
         """(n,) float32; empty, NA, NULL and -999 = NaN."""
         values = np.array([number(text) for text in self.columns[name]])
@@ -460,6 +526,12 @@ class Table:
             raise ValueError(f"{self.path}, line {self.lines[row]}: {name} is '{fields[row]}'")
 
 
+def header_of(path):
+    """The names in the first line of a csv, in lower case."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return file.readline().lower().replace('"', "").replace(" ", "").strip().split(",")
+
+
 def number(text):
     """A field of a table -> float; NaN where it is missing, infinite if it is no number."""
     try:
@@ -470,6 +542,11 @@ def number(text):
 
 # every date that a table may hold, by its text
 DAYS = {str(day): day for day in np.arange("1800-01-01", "2200-01-01", dtype="datetime64[D]")}
+
+
+def saturation_pressure(temperature):
+    """Of water vapour, degC -> Pa (FAO-56 eq. 11)."""
+    return 610.8 * np.exp(17.27 * temperature / (temperature + 237.3))
 
 
 def extraterrestrial_radiation(lat, doy):
@@ -538,6 +615,11 @@ def gauge(site):
     return site.removeprefix("camels_").removeprefix("hysets_")
 
 
+def place(lat, lon):
+    """Both as a Record wants them: None if neither is known."""
+    return None if np.isnan(lat) and np.isnan(lon) else (lat, lon)
+
+
 def day_of_year(dates):
     """(T,) dates -> 1..366."""
     return (dates - dates.astype("datetime64[Y]")).astype(int) + 1
@@ -579,6 +661,22 @@ def write_atomically(path, write):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}, what was there is kept: {error}") from None
+
+
+def command(main):
+    """main() for the command line: bad input is one line on stderr; --debug shows the traceback."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except (ValueError, OSError, FloatingPointError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def check(fine, complaint, error=ValueError):

@@ -5,6 +5,7 @@
 
 import json
 import math
+import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from pathlib import Path
@@ -106,15 +107,33 @@ def sign_test(difference):
 
 
 def load_runs(folder):
-    """Every run under folder/runs: {setting: {model: [run]}}."""
-    runs = defaultdict(lambda: defaultdict(list))
+    """Every run under folder/runs: {setting: {model: [run]}}; those of other options never meet."""
+    runs = []
     for path in sorted(Path(folder, "runs").glob("*.npz")):
         run = dict(np.load(path))
-        if "about" not in run:
+        about = json.loads(str(run.get("about", "{}")))
+        if "pretraining" not in about:
             raise ValueError(f"{path} is no run of this version: move it away")
-        run |= json.loads(str(run["about"]))
-        runs[run["setting"]][run["model"]].append(run)
-    return runs
+        runs.append(run | about["options"] | about)
+    tell_apart(runs, ("setting",), "options")
+    tell_apart(runs, ("setting", "model"), "pretraining")
+    result = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        result[run["setting"]][run["model"]].append(run)
+    return result
+
+
+def tell_apart(runs, keys, options):
+    """Where runs alike in these keys differ in run[options], the last key is told what differs."""
+    alike = defaultdict(list)
+    for run in runs:
+        alike[tuple(run[key] for key in keys)].append(run)
+    for of_a_kind in alike.values():
+        for name in sorted(set().union(*[run[options] for run in of_a_kind])):
+            values = [run[options].get(name) for run in of_a_kind]
+            if len(set(map(str, values))) > 1:
+                for run, value in zip(of_a_kind, values):
+                    run[keys[-1]] += f", {name} {value}"
 
 
 def per_site(runs):
@@ -144,12 +163,16 @@ def table(runs):
         print(f"\n{setting}")
         for name, of_model in models.items():
             mine, baseline = per_site(of_model), of_model[0]["baseline"]
+            scored = np.isfinite([*mine.values()]).sum()    # some may have no observation
             seeds = {run["seed"] for run in of_model}
             folds = sorted({run["fold"] for run in of_model})
             of_folds = [mean_scores([run for run in of_model if run["fold"] == k]) for k in folds]
-            line = f"{name:<20}{len(mine):>6} sites, {len(folds)} folds, {len(seeds)} seeds"
-            for metric, score in mean_scores(of_model).items():
-                by_fold = [scores[metric] for scores in of_folds]
+            line = f"{name:<20}{scored:>6} of {len(mine)} sites, {len(folds)} folds, "
+            line += f"{len(seeds)} seeds"
+            scores = mean_scores(of_model)
+            for metric in of_model[0]["shown"] or scores:
+                score = scores[metric]
+                by_fold = [of_fold[metric] for of_fold in of_folds]
                 if of_model[0]["scoring"] == "class":       # models of different folds may not
                     score = np.mean(by_fold)                # rank each other's sites
                 line += f"  {metric} {score:.3f}"
@@ -175,4 +198,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

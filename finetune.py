@@ -11,6 +11,7 @@ in out/runs/*.npz and its model beside them: load("….pt").predict(sites). Othe
 applications/ by a Task, if need be Variants and a reader, and main().
 """
 
+import hashlib
 import json
 import tempfile
 import time
@@ -27,7 +28,8 @@ import data
 from eval import SCORINGS
 from model import Config, Dropout, StefaLand
 from train import (Windows, cover_with_windows, day_slice, descend, fit_standardisation,
-                   learning_rate, load_checkpoint, load_file, option, parse, save, setup)
+                   learning_rate, load_checkpoint, load_file, option, parse, save, setup,
+                   tested_folds)
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Options:
     train_period: str = option("data", "", "FROM/TO, as 1989-10-01/1999-09-30; empty: first 60 %%")
     test_period: str = option("data", "", "FROM/TO; empty: the last 40 %%")
     holdout: str = option("hold-out", "pub", "pub (random sites) or pur (regions)")
-    folds: int = option("hold-out", 5, "number of folds")
+    folds: int = option("hold-out", 5, "number of folds", least=1)
     fold: str = option("hold-out", "0", "folds to test on, joined by commas, or all")
     reshuffle_folds: bool = option("hold-out", False, "other folds for every seed")
     labelled: int = option("hold-out", 0, "sites with observations, 1/7 to validate; 0: all")
@@ -47,13 +49,13 @@ class Options:
     allow_overlap: bool = option("hold-out", False, "test sites may be known to the checkpoint")
     model: str = option("model", "", "of finetune.VARIANTS, joined by commas; empty: the task's")
     checkpoint: str = option("model", "", "pretrained weights, {fold} = the fold; empty: in --out")
-    width: int = option("model", 64, "hidden width of head and baseline")
+    width: int = option("model", 64, "hidden width of head and baseline", least=1)
     dropout: float = option("model", 0.2, "before the head and before its output")
     warmup: int = option("model", 120, "first days of a window that are not scored")
-    steps: int = option("training", 600, "optimiser steps")
-    batch_size: int = option("training", 32, "windows per step")
+    steps: int = option("training", 600, "optimiser steps", least=1)
+    batch_size: int = option("training", 32, "windows per step", least=1)
     lr: float = option("training", 2e-3, "peak learning rate")
-    seeds: int = option("training", 1, "repetitions, with other weights, batches, labelled sites")
+    seeds: int = option("training", 1, "repetitions: other weights, batches, labels", least=1)
     seed: int = option("training", 0, "the first seed")
     device: str = option("training", "", "cuda, cpu …; empty: cuda if there is one")
     quick: bool = option("training", False, "the same path in under a minute, nothing learned")
@@ -110,6 +112,7 @@ class Task:
     transform: Callable = unchanged     # target (N, T), sites -> what is learned, (N, T)
     inverse: Callable = unchanged       # and back
     scoring: str = "series"             # of eval.SCORINGS; by the first score the best is kept
+    shown: tuple = ()                   # the scores that are printed; empty: all
     prepare: Callable = unchanged       # loaded sites, options (None: in predict) -> sites
 
 
@@ -119,6 +122,8 @@ class Variant:
     embedding: str = "frozen"           # frozen, tuned, random; an entry of Sites.extra; "": no E
     inputs: tuple = None                # what the residual path reads; None: as the task says
     head: type = None                   # in place of the task's; may begin with another adapter
+    needs: type = None                  # the task's head must be this one for the name to be true
+    fit: Callable = None                # in place of fit()
 
 
 TASKS = {"streamflow": Task("streamflow", "mm/d", transform=square_root, inverse=square)}
@@ -128,8 +133,12 @@ VARIANTS = {
     "linear": Variant(inputs=(), head=LinearHead),
     "scratch": Variant("random"),
     "direct": Variant("tuned", inputs=()),      # a target that is always hidden tells E nothing
-    "lstm": Variant("", inputs=("forcing", "static")),
+    "lstm": Variant("", inputs=("forcing", "static"), needs=LSTMHead),
 }
+
+
+ENCODED = ("frozen", "tuned", "random")                     # embeddings that take an encoder
+ELSEWHERE = ("model", "fold", "seed", "seeds", "out", "device", "checkpoint", "allow_overlap")
 
 
 def fill_and_flag(x):
@@ -273,12 +282,29 @@ def load(path):
     return load_file(path, VERSION, rebuild)
 
 
+def checkpoint_of(o, fold):
+    """The path of the checkpoint to use for a fold; FileNotFoundError says how to make it."""
+    path = Path((o.checkpoint or f"{o.out}/pretrained.pt").replace("{fold}", str(fold)))
+    data.check(path.is_file(), f"no file {path}: first pretrain on these data, python train.py or "
+               f"python -m applications.NAME train, with --data {o.data}", FileNotFoundError)
+    return path
+
+
+def pretraining_of(path):
+    """The options that shaped a checkpoint, but for its fold, and a hash of its file."""
+    _, saved = load_checkpoint(path)
+    options = saved["options"] | {"steps": saved["step"]}
+    for name in ("fold", "out", "device", "resume", "save_every"):
+        del options[name]
+    return options, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def load_encoder(o, fold, sites, test):
     """The network of --checkpoint, its scaling, and the number of test sites that it has seen.
 
     ValueError if it has seen test sites, unless --allow-overlap: they would leak into the score.
     """
-    path = (o.checkpoint or f"{o.out}/pretrained.pt").replace("{fold}", str(fold))
+    path, target = checkpoint_of(o, fold), TASKS[o.task].target
     model, saved = load_checkpoint(path)
     seen = {data.gauge(site) for site in saved["ids"]}
     overlap = sum(data.gauge(site) in seen for site in sites.ids[test])
@@ -292,6 +318,9 @@ def load_encoder(o, fold, sites, test):
     if own != known:
         print(f"{path}: {len(known - own)} of its variables are missing {sorted(known - own)[:5]}, "
               f"{len(own - known)} are unknown to it {sorted(own - known)[:5]}")
+    if target in known:
+        print(f"{path} was trained to tell {target}, at validation sites, too: to stop by them "
+              f"fairly, pretrain with --without {data.groups((target,))[0]}")
     return model, saved["scaling"], overlap
 
 
@@ -303,7 +332,10 @@ def choose_sites(o, sites, fold_of, fold, rng):
         gauges = [data.gauge(site) for site in sites.ids]
         known &= np.isin(gauges, Path(o.basins).read_text().split())
     test = np.flatnonzero(known & (fold_of == fold))
-    pool = rng.permutation(np.flatnonzero(known & (fold_of != fold)))[:o.labelled or None]
+    pool = rng.permutation(np.flatnonzero(known & (fold_of != fold)))
+    data.check(o.labelled <= len(pool), f"--labelled {o.labelled}: only {len(pool)} sites outside "
+               f"fold {fold} have observations")
+    pool = pool[:o.labelled or None]
     validation, training = np.split(pool, [max(len(pool) // 7, 1)])
     data.check(len(test) and len(training),
                f"fold {fold}: {len(test)} test and {len(training)} training sites")
@@ -319,15 +351,18 @@ def run(o, variant, sites, fold_of, fold, seed):
     training, validation, test = choose_sites(o, sites, fold_of, fold, rng)
     sites.static[test] = data.hide_groups(sites.static[test], sites.static_names, o.missing, rng)
     encoder, scaling, overlap = None, None, 0
-    if VARIANTS[variant].embedding in ("frozen", "tuned", "random"):
+    if VARIANTS[variant].embedding in ENCODED:
         encoder, scaling, overlap = load_encoder(o, fold, sites, test)
 
     data.check(task.scoring == "series" or target.shape[1] == 1,
                f"{task.target} is a daily series, not a {task.scoring} for each site")
     train_days, test_days, length, warmup = slice(0, 1), slice(0, 1), 1, 0      # a value per site
     if task.scoring == "series":
-        train_days = day_slice(o.train_period, sites.dates, (0, 0.6))
-        test_days = day_slice(o.test_period, sites.dates, (0.6, 1))
+        seen = np.flatnonzero(~np.isnan(target).all(0))     # days with observations anywhere
+        first, stop = seen[0], seen[-1] + 1
+        split = first + int(0.6 * (stop - first))
+        train_days = day_slice(o.train_period, sites.dates, slice(first, split))
+        test_days = day_slice(o.test_period, sites.dates, slice(split, stop))
         length = encoder.config.max_days if encoder else min(365, len(sites.dates))
         warmup = o.warmup
     data.check(length > warmup,
@@ -347,11 +382,12 @@ def run(o, variant, sites, fold_of, fold, seed):
     model = Predictor(settings, None if VARIANTS[variant].embedding == "random" else encoder)
     model.to(setup(o.device)[2])
 
-    best = fit(model, o, Samples(model, sites, training, train_days),
-               Samples(model, sites, validation, train_days), learned, rng)
+    learn = model.variant.fit or fit
+    best = learn(model, o, Samples(model, sites, training, train_days),
+                 Samples(model, sites, validation, train_days), learned, rng)
     obs, sim = target[test, test_days], Samples(model, sites, test, test_days).predict()
     scores = SCORINGS[task.scoring](obs, sim)
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+    shown = ", ".join(f"{name} {scores[name]:.3f}" for name in task.shown or scores)
     print(f"fold {fold} seed {seed} {variant:<10} {len(training)} + {len(validation)} sites, "
           f"validation {best:.3f}; test {shown}; {time.time() - began:.0f} s", flush=True)
     return model, dict(ids=sites.ids[test], latlon=sites.latlon[test], dates=sites.dates[test_days],
@@ -398,21 +434,28 @@ def main(argv=None, options_class=Options, description=__doc__, defaults=None):
     variants = (o.model or task.models).split(",")
     for name in variants:
         data.check(name in VARIANTS, f"--model '{name}': expected one of {', '.join(VARIANTS)}")
+        data.check(VARIANTS[name].needs in (None, task.head),
+                   f"--model {name} is not for {o.task}, which compares {task.models}")
     Path(o.out, "runs").mkdir(parents=True, exist_ok=True)  # or fail now, not after training
     if o.quick:
         o.steps, o.batch_size = min(o.steps, 10), 8
     sites = data.load(o.data, task.target, cache=Path(o.out, "cache"), quick=o.quick)
     sites = task.prepare(sites, o)
+    options = {name: value for name, value in vars(o).items() if name not in ELSEWHERE}
     kinds = "+".join(source.partition(":")[0] for source in o.data.split(","))
     setting = f"{o.task} {kinds} {o.holdout}{o.folds}"
     for name in ("reshuffle_folds", "labelled", "missing"):
         setting += f", {name} {getattr(o, name)}" if getattr(o, name) else ""
-    folds = range(o.folds) if o.fold == "all" else [int(text) for text in o.fold.split(",")]
-    for seed, fold, variant in product(range(o.seed, o.seed + o.seeds), folds, variants):
-        path = Path(o.out, "runs", f"{setting}, {variant}, fold {fold}, seed {seed}.npz")
-        about = json.dumps(vars(o) | dict(
-            setting=setting, model=variant, fold=fold, seed=seed, seeds=1,
-            baseline=task.baseline, scoring=task.scoring, unit=task.unit))
+    for seed, fold, variant in product(range(o.seed, o.seed + o.seeds), tested_folds(o), variants):
+        pretraining, network = {}, ""
+        if VARIANTS[variant].embedding in ENCODED:
+            pretraining, network = pretraining_of(checkpoint_of(o, fold))
+        key = hashlib.sha256(repr([options, pretraining]).encode()).hexdigest()[:8]
+        path = Path(o.out, "runs", f"{setting}, {variant}, fold {fold}, seed {seed}, {key}.npz")
+        about = json.dumps(dict(
+            setting=setting, model=variant, fold=fold, seed=seed, options=options,
+            pretraining=pretraining, network=network, baseline=task.baseline,
+            scoring=task.scoring, shown=task.shown, unit=task.unit))
         if path.exists() and str(np.load(path)["about"]) == about:
             print(f"{path}: done before with these options; delete it to repeat the run")
             continue
@@ -424,4 +467,4 @@ def main(argv=None, options_class=Options, description=__doc__, defaults=None):
 
 
 if __name__ == "__main__":
-    main()
+    data.command(main)

@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import re
+import subprocess
 import sys
 import unittest
 from functools import partial
@@ -228,7 +229,7 @@ FILES = {  # of a small archive of each kind, with | between the lines
     "camels_topo.txt": "gauge_id;gauge_lat;gauge_lon;elev_mean|01013500;47.2;-68.6;251",
     "camels_geol.txt": "gauge_id;carbonate_rocks_frac;geol_porostiy|01013500;0.25;NA",
     "camels_hydro.txt": "gauge_id;q_mean|01013500;1.7",
-    "sites.csv": "id,lat,LON,clay,my_index|b1,50,8,20,1|b2,51,,30,NA",
+    "sites.csv": "id,lat,LON,clay,my_index|b1,50,8,20,1|b2,,,30,NA",
     "b1.csv": "date,Precipitation,tmax,tmin,streamflow|2000/01/01,1,8,2,0.5|2000/01/02,2,9,1,0.6"}
 
 
@@ -270,19 +271,76 @@ def test_camels_without_attribute_tables_knows_what_the_forcing_files_say():
         path.unlink()
     s = data.load(f"camels:{folder}", cache=None)
     assert s.static_names == ("elevation", "area") and np.allclose(s.static, [[250, 86.4]])
-    assert np.isclose(s.latlon[0, 0], 47.24) and np.isnan(s.latlon[0, 1])
+    assert np.isnan(s.latlon).all()                         # a latitude alone is no place
 
 
 def test_basins_of_your_own_are_read():
     s = data.load(f"csv:{archives()}", cache=None)
     assert s.ids.tolist() == ["b1", "b2"] and s.static_names == ("clay", "my_index")
-    np.testing.assert_equal(s.latlon, [[50, 8], [51, nan]])
+    np.testing.assert_equal(s.latlon, [[50, 8], [nan, nan]])
     np.testing.assert_equal(s.static, [[20, 1], [30, nan]])
     assert s.dynamic_names == ("precipitation", "temperature", "tmax", "tmin", "pet")
     np.testing.assert_allclose(s.forcing[0, :, :4], [[1, 5, 8, 2], [2, 5, 9, 1]])
     assert np.isclose(s.forcing[0, 0, 4], data.potential_evaporation(50, 1, 5.0, 8.0, 2.0))
     np.testing.assert_allclose(s.target, [[0.5, 0.6], [nan, nan]])              # b2 has no file
     assert np.isnan(s.forcing[1]).all()
+
+
+NLDAS = ("Year Mnth Day Hr Dayl(s) PRCP(mm/day) SRAD(W/m2) SWE(mm) Tmax(C) Tmin(C) Vp(Pa)\n"
+         "1980 01 01 12 43200 3 200 0 5 5 610.8\n1980 01 02 12 43200 0 100 0 4 4 500\n")
+
+
+def test_the_forcings_of_camels_have_a_rule_and_equal_extremes_are_means():
+    folder = archives()
+    daymet, = folder.rglob("*_cida_*")
+    other = folder / "basin_mean_forcing/nldas/01013500_lump_nldas_forcing_leap.txt"
+    other.parent.mkdir()
+    other.write_text("47.24\n250\n86400000\n" + NLDAS)
+    s = data.load(f"camels:{folder}", cache=None)
+    assert s.forcing[0, 0, s.dynamic_names.index("tmax")] == 10                 # of Daymet
+    daymet.unlink()
+    s = data.load(f"camels:{folder}", cache=None)
+    assert s.dynamic_names == ("precipitation", "temperature", "pet", "shortwave", "humidity")
+    pet = data.potential_evaporation(47.24, 1, 5.0)
+    np.testing.assert_allclose(s.forcing[0, 0, :4], [3, 5, pet, 100], rtol=1e-5)
+    assert pet > 0
+
+
+def test_a_table_without_weather_is_refused_and_a_site_may_have_none():
+    assert "us_2.csv: no weather among its columns date, a, b" in complaints(
+        "temperature_2m_min,temperature_2m_max", "a,b")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        s = data.load(f"csv:{archives('1,8,2,|2,9,1,', ',,,')}", cache=None)
+    assert "2 of 2 sites have no weather" in said.getvalue() and "; no weather;" in said.getvalue()
+    np.testing.assert_allclose(s.target, [[0.5, 0.6], [nan, nan]])
+
+
+def test_what_else_lies_in_a_caravan_folder_is_told_and_own_attributes_are_read():
+    folder = archives()
+    add = {"timeseries/csv/us/evap_us.csv": "date,evaporation\n2000-01-01,3",
+           "timeseries/csv/mine/a.csv": "date,total_precipitation_sum,temperature_2m_mean,"
+           "dewpoint_temperature_2m_mean,surface_net_solar_radiation_mean\n2000-01-01,1,20,10,99",
+           "timeseries/csv/mine/notes.csv": "who,what\nme,this",
+           "attributes/us/national_station_ids.csv": "a;b",
+           "attributes/us/attributes_mine_us.csv": "gauge_id,Fens,rock,run_mm_syr,ele_mt_sav\n"
+           "us_1,7,marl,400,251"}
+    for name, text in add.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        s = data.load(f"caravan:{folder}", cache=None)
+    assert s.ids.tolist() == ["a", "us_1", "us_2"] and "fens" in s.static_names
+    assert "no gauges, passed over: notes.csv, evap_us.csv" in said.getvalue()
+    assert "its own attributes ['fens'], text that is not read ['rock']" in said.getvalue()
+    assert not {"run_mm_syr", "rock"} & {*s.static_names}   # run-off would give the flow away
+    assert s.static[1, s.static_names.index("elevation")] == 251
+    first = dict(zip(s.dynamic_names, s.forcing[0, 0]))
+    assert first["net_shortwave"] == 99 and abs(first["humidity"] - 52.5) < 0.1
+
+
+def test_classes_of_one_prefix_are_one_group():
+    names = ("clay", "rock_marl", "cover", "rock_granite", "p_mean", "p_max")
+    assert data.groups(names) == ("soil", "rock", "cover", "rock", "climate", "p_max")
 
 
 def test_archives_are_parsed_once_until_a_file_changes():
@@ -334,7 +392,8 @@ def test_a_damaged_table_is_refused_with_file_and_line():
             (r"\n", "\n1,", "line 2: 6 fields"), ("snow", "date", "a column twice"),
             ("us_2,C", "us_1,C", "_other_us.csv: site us_1 twice"),
             ("dayl", "day", r"no column dayl\(s\)"), ("86400000", "0", "to 3: .*basin area"),
-            ("47.24", "97.24", "lines 1 to 3: latitude")):
+            ("47.24", "97.24", "lines 1 to 3: latitude"),
+            ("b1,50,8", "b1,50,", "b1 has the longitude nan")):
         assert re.search(complaint, complaints(old, new)), (old, new, complaints(old, new))
 
 
@@ -465,7 +524,7 @@ def test_a_stopped_run_resumes_bit_for_bit():
     assert f"from step {part['step']}" in resumed and "R2 of hidden weather" in text
     assert ", float32," in text                             # auto, at this width
     close(same["model"], whole["model"], atol=0)
-    raises(AssertionError, "other training sites", run, "--resume --fold 2", out)
+    raises(AssertionError, "\nerror: --resume: .*other training", run, "--resume --fold 2", out)
 
 
 def checkpoint():
@@ -492,9 +551,9 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint():
     out = mkdtemp()
     run(QUICK, out)
     whole = Path(out, "pretrained.pt").read_bytes()
-    text, _ = run("--resume --steps 15 --save-every 99 --lr 1e30", out, code=1)
-    assert "FloatingPointError: loss" in text and Path(out, "pretrained.pt").read_bytes() == whole
-    _, saved = run(QUICK + " --save-every 99 --lr 1e30", mkdtemp(), code=1)
+    text, _ = run("--resume --steps 15 --save-every 99 --lr 1e30", out, code=2)
+    assert "\nerror: loss nan" in text and Path(out, "pretrained.pt").read_bytes() == whole
+    _, saved = run(QUICK + " --save-every 99 --lr 1e30", mkdtemp(), code=2)
     assert saved["step"] == 0                               # kept before the first step
 
 
@@ -569,7 +628,8 @@ def test_windows_cover_the_days_asked_for_and_periods_name_them():
     dates = np.arange("1995-01-01", "1998-01-01", dtype="M8[D]")
     named = train.day_slice("1995-12-31/1997-12-30", dates, None)
     assert dates[named][0] == np.datetime64("1995-12-31") and named.stop == len(dates) - 1
-    assert train.day_slice("", dates, (0.5, 1)) == slice(548, 1096)
+    assert train.day_slice("", dates, slice(548, 1096)) == slice(548, 1096)
+    raises(ValueError, "period '1996': expected FROM/TO", train.day_slice, "1996", dates, None)
     raises(ValueError, "not within", train.day_slice, "1994-01-01/1996-01-01", dates, None)
     for days in (slice(0, 700), slice(400, 1096), named):
         covered = np.zeros(len(dates), bool)
@@ -577,6 +637,65 @@ def test_windows_cover_the_days_asked_for_and_periods_name_them():
             assert 0 <= start <= len(dates) - 365
             covered[start + (120 if start else 0):start + 365] = True
         assert covered[days].all()
+
+
+def test_a_group_left_out_is_unknown_to_the_network():
+    sites = data.load(quick=True)
+    c = train.configure(train.Options(without="soil,radiation"), sites)
+    assert not {"clay", "silt", "sand", "organic_carbon"} & {*c.static_names}
+    assert "shortwave" not in c.dynamic_names and len(c.static_groups) == len(c.static_names) == 15
+    train.main(["--quick", "--steps", "1", "--without", "soil", "--out", out := mkdtemp()])
+    network, saved = train.load_checkpoint(Path(out, "pretrained.pt"))
+    assert "clay" not in network.config.static_names and saved["scaling"]["static"].shape == (3, 15)
+    raises(ValueError, "--without climate.*leaves none of", train.configure, train.Options(
+        without="climate"), data.replace(sites, static_names=("p_mean",)))
+
+
+def test_config_takes_any_field():
+    o = train.Options(config="window_days=(20,40),dropout=0")
+    c = train.configure(o, data.load(quick=True))
+    assert c.window_days == (20, 40) and c.dropout == 0
+
+
+SCRIPTS = {"train": train, "finetune": finetune, "eval": evaluate}
+
+
+def test_every_script_explains_its_options():
+    for name, script in SCRIPTS.items():
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            raises(SystemExit, "0", script.main, ["--help"])
+        assert "--out" in said.getvalue() and script.__doc__[:40] in said.getvalue(), name
+
+
+def test_a_bad_option_is_refused_in_one_line():
+    for main, options, complaint in (
+            (train.main, "--stpes 5", "unrecognized arguments: --stpes"),
+            (train.main, "--steps many", "--steps: invalid int value: 'many'"),
+            (train.main, "--steps -5", "--steps -5: expected 0 or more"),
+            (train.main, "--config dmodel=3", "--config dmodel: expected one of .*d_model"),
+            (train.main, "--config d_model=wide", "'wide' is no number"),
+            (train.main, "--preset huge", "--preset huge: expected one of small, paper"),
+            (train.main, "--dtype float8", "--dtype float8: expected one of auto"),
+            (train.main, "--holdout pup", "hold-out 'pup': expected pub"),
+            (train.main, "--fold 5", "--fold 5: with --folds 5, 0 to 4"),
+            (train.main, "--device gpu", "--device gpu: "),
+            (finetune.main, "--steps 0", "--steps 0: expected 1 or more"),
+            (finetune.main, "--fold 7", "--fold 7: expected all, or some of 0 to 4"),
+            (finetune.main, "--fold one", "--fold one: expected all"),
+            (finetune.main, "--labelled 99 --model lstm", "--labelled 99: only 42 sites outside"),
+            (finetune.main, "--train-period 1996 --model lstm", "period '1996': expected FROM/TO"),
+            (finetune.main, "--basins nowhere.txt --model lstm", "nowhere.txt")):
+        raises((ValueError, OSError), complaint, main,
+               ["--quick", "--out", mkdtemp(), *options.split()])
+    if not torch.cuda.is_available():
+        raises(ValueError, "--device cuda: ", train.main, ["--quick", "--device", "cuda"])
+    for script, options in ((train, "--data x:y"), (finetune, "--data x:y"), (evaluate, "")):
+        command = [sys.executable, script.__file__, "--out", mkdtemp(), *options.split()]
+        done = subprocess.run(command, text=True, capture_output=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done
+        assert done.stderr.startswith("error: "), done
+    debug = [sys.executable, train.__file__, "--data", "x:y", "--debug"]
+    assert "Traceback" in subprocess.run(debug, text=True, capture_output=True).stderr
 
 
 # finetune.py
@@ -618,13 +737,53 @@ def test_a_run_with_the_same_settings_is_not_repeated():
     assert tune("--model lstm", out) == written != tune("--model lstm --steps 9", out)
 
 
+def test_runs_of_other_settings_or_checkpoints_never_meet():
+    def found(options, out):
+        tune("--model resconn,lstm --allow-overlap " + options, out)
+        return {(setting.removeprefix("streamflow synthetic pub5"), name): len(of_model)
+                for setting, models in evaluate.load_runs(out).items()
+                for name, of_model in models.items()}
+    out, (path, saved) = out_with_encoder(), checkpoint()
+    path = Path(out, "pretrained.pt")
+    assert found("", out) == {("", "resconn"): 1, ("", "lstm"): 1}
+    expected = {(", steps 10", "resconn"): 1, (", steps 10", "lstm"): 1,
+                (", steps 9", "resconn"): 2, (", steps 9", "lstm"): 2}
+    assert found("--fold 0,1 --steps 9", out) == expected
+    # a checkpoint trained anew with the same options: its run is repeated, and replaces the old one
+    before = {p: p.stat().st_mtime_ns for p in Path(out, "runs").glob("*.npz")}
+    torch.save(saved | {"ids": saved["ids"][1:]}, path)
+    assert found("--fold 0,1 --steps 9", out) == expected
+    changed = [p.name for p, time in before.items() if p.stat().st_mtime_ns != time]
+    assert len(changed) == 2 and all("resconn" in name for name in changed)
+    # with other options: it stands beside the old one, and the baseline is shared
+    torch.save(saved | {"options": saved["options"] | {"seed": 5}}, path)
+    assert found("", out) == {(", steps 10", "resconn, seed 0"): 1, (", steps 10", "lstm"): 1,
+                              (", steps 10", "resconn, seed 5"): 1, (", steps 9", "lstm"): 2,
+                              (", steps 9", "resconn"): 2}
+
+
+def test_default_periods_are_of_the_days_with_observations():
+    def early(sites):                                       # flow of the first two years alone
+        target = sites.target.copy()
+        target[:, 731:] = nan
+        return data.replace(sites, target=target)
+    dates = quick_run("lstm", early)["dates"]
+    assert dates[0] == np.datetime64("1996-03-14") and dates[-1] == np.datetime64("1996-12-31")
+
+
+def test_a_validation_score_that_is_missing_is_no_best():
+    scores = iter([nan, 0.5, 0.1, nan, 0])                  # the last one is of the test sites
+    with mock.patch.dict(evaluate.SCORINGS, series=lambda obs, sim: {"x": next(scores)}):
+        assert quick_run("lstm")["validation"] == 0.5
+
+
 def test_a_saved_model_predicts_what_its_run_predicted():
     out, sites = out_with_encoder(), data.load(quick=True)
     for variant in ("resconn", "lstm"):
         tune("--model " + variant, out)
-        path = Path(out, "runs", f"streamflow synthetic pub5, {variant}, fold 0, seed 0.npz")
+        path, = Path(out, "runs").glob(f"streamflow synthetic pub5, {variant}, fold 0, seed 0*.npz")
         test, predictor = data.folds(sites, "pub", 5) == 0, finetune.load(path.with_suffix(".pt"))
-        days = train.day_slice("", sites.dates, (0.6, 1))
+        days = slice(int(0.6 * len(sites.dates)), len(sites.dates))
         again = finetune.Samples(predictor, sites, np.flatnonzero(test), days).predict()
         assert np.array_equal(again, np.load(path)["sim"])
         assert np.isfinite(predictor.predict(sites)).all()  # every day of every site
@@ -788,7 +947,7 @@ def table_of(scoring, runs):
     settings = {"a setting": {}}
     for name, fold, seed, obs, sim in runs:
         run = dict(ids=np.arange(len(obs)) + 10 * fold, obs=obs, sim=sim, fold=fold, seed=seed,
-                   overlap=0, baseline="lstm", scoring=scoring)
+                   overlap=0, baseline="lstm", scoring=scoring, shown=())
         settings["a setting"].setdefault(name, []).append(run)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         evaluate.table(settings)
@@ -801,7 +960,7 @@ def test_the_table_scores_all_test_sites_at_once_and_gains_by_site():
         ("resconn", 0, 0, far, far + 0.5), ("resconn", 1, 0, near, near + 0.5),
         ("lstm", 0, 0, far, far + 1), ("lstm", 1, 0, near, near + 1)])
     # within a fold R2 is 0 and -3, over both it is 1 - 4 * error^2 / 101
-    assert re.search(r"resconn +4 sites, 2 folds, 1 seeds  R2 0.990 ± 0.000", text), text
+    assert re.search(r"resconn +4 of 4 sites, 2 folds, 1 seeds  R2 0.990 ± 0.000", text), text
     assert "gain over lstm +0.500, p 1.2e-01" in text and text.count("gain") == 1
 
 

@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import signal
 import time
 import zipfile
@@ -31,8 +32,9 @@ import data
 from model import PRESETS, Config, Masks, StefaLand, masked_loss
 
 
-def option(group, default, text):
-    return field(default=default, metadata={"group": group, "help": text})
+def option(group, default, text, least=0):
+    """A field of Options: its heading in --help, what it means, the least number it may be."""
+    return field(default=default, metadata={"group": group, "help": text, "least": least})
 
 
 @dataclass
@@ -40,18 +42,19 @@ class Options:
     data: str = option("data", "synthetic", "or caravan:DIR, camels:DIR, csv:DIR; several: a,b")
     out: str = option("data", "out", "folder of the checkpoint and of the cache of parsed archives")
     holdout: str = option("hold-out", "pub", "pub (random sites), pur (regions) or none")
-    folds: int = option("hold-out", 5, "number of folds")
+    folds: int = option("hold-out", 5, "number of folds", least=1)
     fold: int = option("hold-out", 0, "the fold left out of training")
     preset: str = option("model", "small", "size of network and training: small or paper")
     config: str = option("model", "", "fields of model.Config, such as dropout=0,p_static=0.5")
-    seq_len: int = option("model", 365, "days in a window")
+    without: str = option("model", "", "groups it shall not know, as soil,geology: to predict one")
+    seq_len: int = option("model", 365, "days in a window", least=1)
     steps: int = option("training", 0, "optimiser steps; 0: the preset's")
     batch_size: int = option("training", 0, "windows a step, over all processes; 0: the preset's")
     lr: float = option("training", 0.0, "peak learning rate; 0: the preset's")
     seed: int = option("training", 0, "of weights, windows and masks (folds have their own)")
     device: str = option("training", "", "cuda, cpu …; empty: cuda if there is one")
     dtype: str = option("training", "auto", "float32, bfloat16, or auto: what is faster here")
-    save_every: int = option("training", 200, "steps between checkpoints")
+    save_every: int = option("training", 200, "steps between checkpoints", least=1)
     resume: bool = option("training", False, "continue the checkpoint in --out, with its options")
     quick: bool = option("training", False, "the same path in under a minute, nothing learned")
 
@@ -71,8 +74,9 @@ def train(o, sites):
     model = StefaLand(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
     some = training[::(len(training) - 1) // 2000 + 1]      # statistics of at most 2,000 sites
-    scaling = {"forcing": fit_standardisation(sites.forcing[some]),
-               "static": fit_standardisation(sites.static[some])}
+    forcing = arrange(sites.forcing[some], sites.dynamic_names, config.dynamic_names)
+    static = arrange(sites.static[some], sites.static_names, config.static_names)
+    scaling = {"forcing": fit_standardisation(forcing), "static": fit_standardisation(static)}
     ids = sites.ids[training].tolist()
     if o.resume:
         old, saved = load_checkpoint(checkpoint)
@@ -84,7 +88,8 @@ def train(o, sites):
     windows = Windows(sites, scaling, o.seq_len, config.dynamic_names, config.static_names)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if o.dtype == "auto":                                   # kept for --resume
-        fast = config.d_model >= 128 and torch.cpu._is_avx512_bf16_supported()
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        fast = config.d_model >= 128 and has_bf16()
         o.dtype = "bfloat16" if device.type == "cuda" or fast else "float32"
     if rank == 0:
         print(f"{len(training)} sites to train on, {len(validation)} to validate on, "
@@ -144,6 +149,7 @@ def train(o, sites):
 
 def split(o, sites):
     """Indices of training and validation sites (a tenth), none of them of the fold held out."""
+    data.check(o.fold < o.folds, f"--fold {o.fold}: with --folds {o.folds}, 0 to {o.folds - 1}")
     tenth = data.folds(sites, "pub", 10, seed=1) == 0
     kept = data.folds(sites, o.holdout, o.folds) != o.fold
     return np.flatnonzero(~tenth & kept), np.flatnonzero(tenth & kept)
@@ -151,10 +157,21 @@ def split(o, sites):
 
 def configure(o, sites):
     """The network's Config for these sites: the preset's, with the changes of --config."""
-    changes = [change.split("=") for change in o.config.split(",") if change]
-    chosen = {"max_days": o.seq_len} | {name: ast.literal_eval(text) for name, text in changes}
-    return Config(sites.dynamic_names, sites.static_names, data.groups(sites.dynamic_names),
-                  data.groups(sites.static_names), **PRESETS[o.preset] | chosen)
+    chosen, known = {"max_days": o.seq_len}, {f.name for f in fields(Config)}
+    for change in re.split(r",(?=\w+=)", o.config) if o.config else []:
+        name, _, text = change.partition("=")
+        data.check(name in known, f"--config {name}: expected one of {', '.join(sorted(known))}")
+        try:
+            chosen[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"--config {change}: '{text}' is no number") from None
+    left_out = o.without.split(",") if o.without else []
+    kept = []
+    for names in (sites.dynamic_names, sites.static_names):
+        kept.append(tuple(name for name, group in zip(names, data.groups(names))
+                          if group not in left_out))
+        data.check(kept[-1], f"--without {o.without} leaves none of {', '.join(names)}")
+    return Config(*kept, *map(data.groups, kept), **PRESETS[o.preset] | chosen)
 
 
 def descend(optimizer, loss, lr, clip, where=""):
@@ -264,10 +281,13 @@ def cover_with_windows(days, length, warmup):
 
 
 def day_slice(text, dates, default):
-    """"FROM/TO", both included, or a default pair of shares -> slice of `dates`."""
+    """"FROM/TO", both included -> slice of `dates`; of an empty text the default."""
     if not text:
-        return slice(int(default[0] * len(dates)), int(default[1] * len(dates)))
-    first, last = np.array(text.split("/"), "datetime64[D]")
+        return default
+    try:
+        first, last = np.array(text.split("/"), "datetime64[D]")
+    except ValueError:
+        raise ValueError(f"period '{text}': expected FROM/TO, 1989-10-01/1999-09-30") from None
     data.check(dates[0] <= first < last <= dates[-1],
                f"period {text} is not within the data, {dates[0]} to {dates[-1]}")
     return slice(int(np.searchsorted(dates, first)), int(np.searchsorted(dates, last)) + 1)
@@ -312,7 +332,11 @@ def setup(device):
     """(rank, processes, device); joins torchrun's group, nccl on CUDA and gloo on the CPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(device or (gpu if torch.cuda.is_available() else "cpu"))
+    device = device or (gpu if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if platform.libc_ver()[0] == "glibc":       # keep freed blocks: faults are a tenth of a step
@@ -323,9 +347,14 @@ def setup(device):
 
 def parse(options, description, argv, defaults=None):
     """The command line as an instance of a dataclass of options; --seq-len is its field seq_len."""
-    parser = argparse.ArgumentParser(description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="After an error, --debug shows where it came from.")
     sections = {}
+
+    def refuse(complaint):
+        raise ValueError(complaint)
+    parser.error = refuse                       # one line, without the usage
     for f in fields(options):
         title = f.metadata["group"]
         if title not in sections:
@@ -334,7 +363,20 @@ def parse(options, description, argv, defaults=None):
         sections[title].add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind,
                                      help=f"{f.metadata['help']} [%(default)s]")
     parser.set_defaults(**defaults or {})
-    return options(**vars(parser.parse_args(argv)))
+    o = options(**vars(parser.parse_args(argv)))
+    for f in fields(options):
+        value, least = getattr(o, f.name), f.metadata["least"]
+        data.check(isinstance(value, str) or value >= least,
+                   f"--{f.name.replace('_', '-')} {value}: expected {least} or more")
+    return o
+
+
+def tested_folds(o):
+    """The numbers in --fold, all or some joined by commas."""
+    texts = [str(fold) for fold in range(o.folds)] if o.fold == "all" else o.fold.split(",")
+    wrong = [text for text in texts if not text.isdigit() or int(text) >= o.folds]
+    data.check(not wrong, f"--fold {o.fold}: expected all, or some of 0 to {o.folds - 1}")
+    return [int(text) for text in texts]
 
 
 def main(argv=None):
@@ -342,7 +384,9 @@ def main(argv=None):
     if o.resume:                                            # its options, but for those given now
         _, saved = load_checkpoint(Path(o.out, "pretrained.pt"))
         o = parse(Options, __doc__, argv, saved["options"] | {"out": o.out})
-    data.check(o.preset in PRESETS, f"--preset {o.preset}: expected one of {', '.join(PRESETS)}")
+    for name, known in (("preset", PRESETS), ("dtype", ("auto", "float32", "bfloat16"))):
+        data.check(getattr(o, name) in known,
+                   f"--{name} {getattr(o, name)}: expected one of {', '.join(known)}")
     for name, value in TRAINING[o.preset].items():
         setattr(o, name, getattr(o, name) or value)
     if o.quick:
@@ -351,4 +395,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    data.command(main)

@@ -56,7 +56,8 @@ class Experts(nn.Module):
 ADAPTERS = {"feedforward": feedforward, "bottleneck": bottleneck, "gated": gated,
             "experts": Experts}
 for name, adapter in ADAPTERS.items():
-    finetune.VARIANTS[f"resconn-{name}"] = finetune.Variant(head=partial(AdaptedHead, adapter))
+    finetune.VARIANTS[f"resconn-{name}"] = finetune.Variant(
+        head=partial(AdaptedHead, adapter), needs=finetune.LSTMHead)
 finetune.VARIANTS["resconn-all"] = finetune.Variant(inputs=("forcing", "static"))
 
 

@@ -103,7 +103,7 @@ finetune.VARIANTS["alphaearth"] = finetune.Variant("vectors", inputs=())
 finetune.VARIANTS["alphaearth-resconn"] = finetune.Variant("vectors")
 finetune.TASKS["ndvi"] = finetune.Task(
     "ndvi", models="alphaearth,glm", baseline="glm", inputs=("static",), head=common.MLPHead,
-    scoring="value", prepare=partial(common.attribute_as_target, "ndvi", ("ndvi",)))
+    scoring="value", prepare=partial(common.attribute_as_target, "ndvi"))
 
 
 def main(argv=None):

@@ -44,8 +44,13 @@ def load(spec, task):
     if task == "landcover":
         classes = np.unique(target[~np.isnan(target)])
         wrong = classes[(classes < 0) | (classes % 1 != 0)]
-        check(len(wrong) == 0, f"--data {spec}: the classes {wrong}, expected 0, 1, 2 and so on")
-    return cut(image, target, spec)
+        check(len(wrong) == 0, f"--data {spec}: the classes {wrong}, expected 0, 1, 2 and so on; "
+                               "no data is NaN or below -998")
+    blocks = cut(image, target, spec)
+    channels, height, width = image.shape
+    print(f"{spec}: {channels} channels of {height} x {width} pixels, {np.isfinite(target).sum()} "
+          f"of known {task}, in {len(blocks.ids)} blocks")
+    return blocks
 
 
 def cut(image, target, name):

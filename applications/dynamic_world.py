@@ -18,6 +18,7 @@ This file needs torch and numpy only (matplotlib for --plot) and can be copied a
 Axes: B scenes in a batch, T dates, H W pixels, 9 bands or classes.
 """
 
+import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from datetime import date
 from pathlib import Path
@@ -290,4 +291,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -28,11 +28,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from applications.blocks import MARGIN, load, split
+from applications.common import PENALTIES, converge
 from applications.dynamic_world import DynamicWorld
-from data import check, folds, write_atomically
+from data import check, command, folds, write_atomically
 from eval import SCORINGS, class_metrics, mean_scores
 from train import (apply_standardisation, descend, fit_standardisation, learning_rate, option,
-                   parse, setup)
+                   parse, setup, tested_folds)
 
 
 @dataclass
@@ -41,14 +42,14 @@ class Options:
     data: str = option("data", "synthetic", "synthetic, tiles:DIR or s2:DIR")
     out: str = option("data", "out", "predictions and networks go to its folder height")
     holdout: str = option("hold-out", "pub", "pub (blocks here and there) or pur (a region)")
-    folds: int = option("hold-out", 5, "number of folds")
+    folds: int = option("hold-out", 5, "number of folds", least=1)
     fold: str = option("hold-out", "0", "folds to test on, joined by commas, or all")
     buffer: int = option("hold-out", 2, "pixels at the edge of a block that are not learned from")
     model: str = option("model", "unet,unet++,pixel", "unet, unet++, dynamicworld, pixel")
-    steps: int = option("training", 600, "optimiser steps")
-    batch_size: int = option("training", 32, "pieces of blocks per step")
+    steps: int = option("training", 600, "optimiser steps", least=1)
+    batch_size: int = option("training", 32, "pieces of blocks per step", least=1)
     lr: float = option("training", 2e-3, "peak learning rate")
-    seeds: int = option("training", 1, "repetitions, with other weights and validation blocks")
+    seeds: int = option("training", 1, "repetitions: other weights, validation blocks", least=1)
     seed: int = option("training", 0, "the first seed")
     device: str = option("training", "", "cuda, cpu …; empty: cuda if there is one")
     quick: bool = option("training", False, "the same path in under a minute, nothing learned")
@@ -163,16 +164,22 @@ TASKS = {"height": Height, "landcover": LandCover}
 def crop(target, image, buffer, rng, size=32):
     """A random piece of maps (B, H, W) and images (B, C, H, W), turned and flipped together.
 
-    Pixels within `buffer` of an unknown one become NaN, and so do those at the edge of their block:
-    what lies on its other side looks nearly the same, and may be in a test block.
+    Pixels within `buffer` of the edge of their block become NaN: what lies on its other side looks
+    nearly the same, and may be in a test block.
     """
-    near = F.max_pool2d(target.isnan().float(), 2 * buffer + 1, 1, buffer) > 0
-    both = torch.cat([target.masked_fill(near, math.nan)[:, None], image], 1)   # (B, 1+C, H, W)
+    both = torch.cat([inner(target, buffer)[:, None], image], 1)                # (B, 1+C, H, W)
     i, j = rng.integers(image.shape[-1] - size + 1, size=2)
     both = both[..., i:i + size, j:j + size].rot90(rng.integers(4), (2, 3))
     if rng.random() < 0.5:
         both = both.flip(2)
     return both[:, 0], both[:, 1:]                          # (B, size, size), (B, C, size, size)
+
+
+def inner(target, buffer):
+    """Maps (B, H, W) of which only what is `buffer` pixels inside the blocks is known."""
+    result, inside = torch.full_like(target, math.nan), slice(MARGIN + buffer, -MARGIN - buffer)
+    result[:, inside, inside] = target[:, inside, inside]
+    return result
 
 
 @torch.no_grad()
@@ -199,7 +206,8 @@ def fit(o, model, task, training, validation, rng):
         target, image = torch.from_numpy(training.target[i]), torch.from_numpy(training.image[i])
         target, image = crop(target, image, o.buffer, rng)  # (B, 32, 32), (B, C, 32, 32)
         known = ~target.isnan()
-        check(known.any(), f"--buffer {o.buffer} leaves no pixel of the blocks of step {step}")
+        if not known.any():                                 # few labels, and none in these
+            continue
         error = task.loss(model(image.to(device)), target.nan_to_num().to(device))
         loss = error[known.to(device)].mean()
         descend(optimizer, loss, o.lr * learning_rate(step / o.steps), clip=1.0,
@@ -212,6 +220,31 @@ def fit(o, model, task, training, validation, rng):
                 best, kept = score, {k: x.clone() for k, x in model.state_dict().items()}
     model.load_state_dict(kept)
     return best
+
+
+def fit_pixels(o, model, task, training, validation, rng):
+    """In place of fit, for `pixel`: its weights are solved for, with the penalty that is best at
+    the validation blocks."""
+    target = inner(torch.from_numpy(training.target), o.buffer)                 # (n, H, W)
+    known = ~target.isnan()
+    x = torch.from_numpy(training.image).movedim(1, -1)[known]                  # (pixels, C)
+    y = target[known][:, None, None]                                            # (pixels, 1, 1)
+
+    def loss(output):
+        return task.loss(output.float()[..., None, None], y).mean()
+    best, kept = math.nan, None
+    for penalty in PENALTIES:
+        weights, constants = converge(x, loss, task.outputs, penalty)
+        model.load_state_dict({"weight": weights.T[..., None, None], "bias": constants})
+        scores = SCORINGS[task.scoring](validation.target, predict(model, task, validation.image))
+        score = next(iter(scores.values()))
+        if kept is None or math.isnan(best) or score > best:
+            best, kept = score, (weights, constants)
+    model.load_state_dict({"weight": kept[0].T[..., None, None], "bias": kept[1]})
+    return best
+
+
+FITS = {"pixel": fit_pixels}                                # all others: fit
 
 
 def run(o, name, blocks, fold_of, fold, seed):
@@ -228,8 +261,10 @@ def run(o, name, blocks, fold_of, fold, seed):
     image = np.moveaxis(apply_standardisation(image, scaling), -1, 1)           # (N, C, H, W)
     blocks = replace(blocks, image=np.ascontiguousarray(image))
     task = TASKS[o.task](blocks.target, training)
+    left = inner(torch.from_numpy(blocks.target[training]), o.buffer)
+    check(not left.isnan().all(), f"--buffer {o.buffer} leaves no pixel to learn from")
     model = MODELS[name](image.shape[1], task.outputs).to(setup(o.device)[2])
-    best = fit(o, model, task, blocks.take(training), blocks.take(validation), rng)
+    best = FITS.get(name, fit)(o, model, task, blocks.take(training), blocks.take(validation), rng)
 
     maps = predict(model, task, blocks.image)                                   # (N, H, W)
     line = f"fold {fold} seed {seed} {name:<12} {len(training)} + {len(validation)} blocks, "
@@ -279,7 +314,7 @@ def main(argv=None):
         o.steps, o.batch_size = min(o.steps, 10), 8
     blocks = load(o.data, o.task)
     fold_of = folds(blocks, o.holdout, o.folds)
-    tested = range(o.folds) if o.fold == "all" else [int(text) for text in o.fold.split(",")]
+    tested = tested_folds(o)
     runs = {name: [] for name in names}
     for seed, fold, name in product(range(o.seed, o.seed + o.seeds), tested, names):
         runs[name].append(run(o, name, blocks, fold_of, fold, seed))
@@ -288,4 +323,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -94,7 +94,7 @@ def logistic(x, sites=None):
 
 
 data.READERS["landslide"] = read_landslide
-finetune.VARIANTS["cnn"] = finetune.Variant("", inputs=())
+finetune.VARIANTS["cnn"] = finetune.Variant("", inputs=(), needs=PatchHead)
 finetune.TASKS["landslide"] = finetune.Task(
     "landslide", models="resconn,cnn,glm", baseline="cnn", inputs=("static",), head=PatchHead,
     extra=("patch",), loss=F.binary_cross_entropy_with_logits, standardised=False,

@@ -1,12 +1,13 @@
 """Clay, silt and sand of the topsoil (%) at places that were never sampled.
 
-    python train.py && python -m applications.soil                          the synthetic world
+    python -m applications.soil train && python -m applications.soil        the synthetic world
     python -m applications.soil --task sand --data wosis:DIR,csv:DIR --holdout pur --fold all
     python -m applications.soil train --data gauges:DIR --seq-len 1 --steps 6000 --batch-size 64
 
 wosis:DIR is a WoSIS snapshot (doi 10.5194/essd-12-299-2020), gauges:DIR the attribute tables of
 Caravan alone: also of gauges that have no series. The third command pretrains on those; an encoder
-of single days suits sites without weather. csv:DIR may be nothing but a sites.csv.
+of single days suits sites without weather. csv:DIR may be nothing but a sites.csv. All of the soil
+is hidden from the models, and an encoder pretrained by `train` here does not know of it either.
 """
 
 from functools import partial
@@ -18,7 +19,6 @@ import finetune
 from applications import common
 
 TEXTURE = ("clay", "silt", "sand")
-DERIVED = ("soil_porosity", "water_capacity")               # by CAMELS-US, from clay and sand
 
 
 def read_wosis(folder):
@@ -56,7 +56,8 @@ def read_gauges(folder):
 
     Left out: those known by at most half of the attributes that the best known one has.
     """
-    attributes = data.read_attributes(sorted(folder.glob("attributes/*/*.csv")), "caravan")
+    tables = sorted(folder.glob("attributes/*/attributes_*.csv"))
+    attributes = data.read_attributes(tables, "caravan")
     most = max([len(known) for known in attributes.values()], default=0)
     known_well = [site for site in sorted(attributes) if len(attributes[site]) > most / 2]
     seen = set()
@@ -64,18 +65,18 @@ def read_gauges(folder):
         if data.gauge(site) not in seen:
             seen.add(data.gauge(site))
             static = dict(attributes[site])
-            latlon = static.pop("gauge_lat", np.nan), static.pop("gauge_lon", np.nan)
-            yield data.Record(site, folder / "attributes", latlon, static, {})
+            place = data.place(static.pop("gauge_lat", np.nan), static.pop("gauge_lon", np.nan))
+            yield data.Record(site, folder / "attributes", place, static, {})
     print(f"{folder}: {len(attributes)} gauges, of which {len(attributes) - len(known_well)} left "
           f"out, known by half of the attributes at most, and {len(known_well) - len(seen)} twice")
 
 
 data.READERS |= {"wosis": read_wosis, "gauges": read_gauges}
-for part in TEXTURE:                # none of them may be an input: two of them give the third away
+for part in TEXTURE:
     finetune.TASKS[part] = finetune.Task(
         part, "%", models="resconn,mlp,glm", baseline="mlp", inputs=("static",),
         head=common.MLPHead, scoring="value",
-        prepare=partial(common.attribute_as_target, part, TEXTURE + DERIVED))
+        prepare=partial(common.attribute_as_target, part))
 
 if __name__ == "__main__":
-    common.main("clay", __doc__)
+    common.main("clay", __doc__, without="soil")

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import re
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from unittest import SkipTest, mock
@@ -11,6 +13,7 @@ from unittest import SkipTest, mock
 import numpy as np
 import torch
 from numpy import nan
+from torch.nn.functional import mse_loss
 
 import data
 import eval as evaluate
@@ -31,6 +34,20 @@ PROFILES = {  # of small archives of the ISMN and of WoSIS, with | between the l
     "net/s1/net_net_s1_sm_0.20_X.stm": "net net s1 45.0 9.0 120 .2 .2 X-2|2000/01/01 00:00 0.4 G M",
     "net/s2/net_net_s2_sm_0.05_X.stm": "net net s2 46.0 9.0 90 .05 .05 X|2000/01/01 00:00 0.4 G M",
     "net/s1/s1.csv": "date,precipitation|2000-01-01,3|2000-01-02,0",
+    "net/s1/net_net_s1_static_variables.csv": "quantity_name;unit;depth_from[m];depth_to[m];value;"
+        "quantity_source_name;resolution;|clay fraction;% weight;0.00;0.30;23.00;HWSD;30\";|"
+        "clay fraction;% weight;0.30;1.00;29.00;HWSD;30\";|organic carbon;% weight;-99.90;-99.90;"
+        "0.59;insitu;;|land cover classification;;;;120;CCI_landcover_2000;;|"
+        "land cover classification;;;;130;CCI_landcover_2010;;",
+    "net/s_3/net_net_s,3_sm_0.05_X.stm":
+        "net net s,3 47.0 9.0 90 .05 .05 X|2000/01/01 00:00 0.4 G M",
+    "net/s_3/net_net_s,3_sm_0.05_Y.stm":
+        "net net s,3 47.0 9.0 90 .05 .05 Y|2000/01/01 00:00 0.5 G M|2000/01/02 00:00 0.5 G M",
+    "net/s_3/s_3.csv": "date,precipitation|2000-01-01,1",
+    "net/s4/net_net_s4_sm_0.50_X.stm": "net net s4 48.0 9.0 90 .5 .5 X|2000/01/01 00:00 0.4 G M",
+    "net/s4/s4.csv": "date,precipitation|2000-01-01,1",
+    "net/s5/net_net_s5_sm_0.05_X.stm": "net net s5 48.0 9.0 90 .05 .05 X|2000/01/01 00:00 0.4 D M",
+    "net/s5/s5.csv": "date,precipitation|2000-01-01,1",
     "w_profiles.tsv": "profile_id\tlatitude\tlongitude|7\t10\t20|8\t11\t21|9\t12\t22",
     "w_physical.tsv": "profile_id\tupper_depth\tlower_depth\tclay_value_avg\tsilt_value_avg\t"
         "sand_value_avg|7\t0\t10\t10\t20\t70|7\t10\t50\t40\t20\t40|8\t0\t30\t30\t30\t45.5|"
@@ -46,12 +63,17 @@ def profiles(old="", new="", only=""):
 def test_ismn_gives_daily_means_of_good_values_at_the_shallowest_sensor():
     with contextlib.redirect_stdout(io.StringIO()) as said:
         s = data.load(f"ismn:{profiles()}", "soil_moisture", cache=None)
-    assert s.ids.tolist() == ["net_s1"] and s.dynamic_names == ("precipitation",)
-    np.testing.assert_equal(s.latlon, [[45, 9]])
-    np.testing.assert_equal(s.static, [[120]])
-    np.testing.assert_equal(s.forcing, [[[3], [0], [nan]]])
-    np.testing.assert_allclose(s.target, [[0.25, nan, 0.125]])
-    assert re.search("s2_sm_0.05_X.stm: skipped, there is no s2.csv", said.getvalue())
+    assert s.ids.tolist() == ["net_s1", "net_s4", "net_s,3"]
+    assert s.dynamic_names == ("precipitation",)
+    np.testing.assert_equal(s.latlon, [[45, 9], [48, 9], [47, 9]])
+    assert s.static_names == ("elevation", "clay", "landcover_130")
+    np.testing.assert_equal(s.static, [[120, 23, 1], [90, nan, nan], [90, nan, nan]])
+    np.testing.assert_equal(s.forcing[0], [[3], [0], [nan]])
+    np.testing.assert_allclose(s.target, [[0.25, nan, 0.125], [0.4, nan, nan], [0.5, 0.5, nan]])
+    for complaint in (r"net s2: skipped, no weather: neither of \['s2'\] with .csv is there",
+                      "net s4: its uppermost sensor is 0.5 m deep, not the surface",
+                      "net s5: skipped, no value of its uppermost sensor is flagged good"):
+        assert re.search(complaint, said.getvalue()), complaint
 
 
 def test_damaged_ismn_files_are_refused_with_file_and_line():
@@ -100,9 +122,10 @@ def test_texture_and_what_is_derived_of_it_are_no_inputs_of_a_texture_task():
     renamed = [{"forest": "soil_porosity", "pasture": "water_capacity"}.get(name, name)
                for name in sites.static_names]
     sites = data.replace(sites, static_names=tuple(renamed))
+    soil = "clay", "silt", "sand", "organic_carbon", "soil_porosity", "water_capacity"
     for part in ("clay", "silt", "sand"):
         blind = finetune.TASKS[part].prepare(sites, None)
-        hidden = np.isin(renamed, ("clay", "silt", "sand", "soil_porosity", "water_capacity"))
+        hidden = np.isin(renamed, soil)
         assert np.array_equal(np.isnan(blind.static).all(0), hidden)
         np.testing.assert_equal(blind.static[:, ~hidden], sites.static[:, ~hidden])
         np.testing.assert_equal(blind.target, sites.static[:, renamed.index(part)])
@@ -121,6 +144,55 @@ def test_a_value_per_site_is_predicted_at_the_held_out_sites():
     for name, (result,) in evaluate.load_runs(out)["clay synthetic pub5"].items():
         assert np.array_equal(result["obs"][:, 0], clay[~np.isnan(clay)]), name
         assert np.isfinite(result["sim"]).all() and result["sim"].shape == result["obs"].shape, name
+
+
+def test_a_name_is_true_or_refused():
+    for task, name in (("clay", "lstm"), ("streamflow", "mlp"), ("streamflow", "cnn"),
+                       ("clay", "resconn-gated"), ("landslide", "lstm")):
+        raises(ValueError, f"--model {name} is not for {task}", tune,
+               f"--task {task} --model {name}", mkdtemp())
+
+
+def test_a_linear_baseline_is_solved():
+    rng = np.random.default_rng(0)
+    x, noise = rng.standard_normal((300, 4)), rng.standard_normal(300)
+    y = x @ [1, -2, 0, 3] + 5 + 0.1 * noise
+    w, b = common.converge(torch.from_numpy(x), partial(mse_loss, target=torch.from_numpy(y)[:, None]))
+    best = np.linalg.lstsq(np.column_stack([x, np.ones(300)]), y, rcond=None)[0]
+    close(torch.cat([w[:, 0], b]), torch.tensor(best), atol=1e-4)
+    sites, names = data.load(quick=True), data.load(quick=True).static_names
+    sites.static[:] = np.nan_to_num(sites.static)           # clay from the attributes, no noise
+    others = np.array(data.groups(names)) != "soil"
+    z = train.apply_standardisation(sites.static, train.fit_standardisation(sites.static))
+    sites.static[:, names.index("clay")] = z[:, others] @ rng.standard_normal(others.sum())
+    o, fold_of = finetune.Options(task="clay"), data.folds(sites, "pub", 5)
+    model, run = finetune.run(o, "glm", finetune.TASKS["clay"].prepare(sites, o), fold_of, 0, 0)
+    assert evaluate.value_scores(run["obs"], run["sim"])["R2"] > 0.95
+
+
+def test_an_encoder_that_was_trained_to_tell_the_target_is_told():
+    for without, told in (("", True), ("soil", False)):
+        out = mkdtemp()
+        command = f"train --quick --steps 1 --out {out}".split()
+        common.main("clay", "", argv=command, without=without)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            common.main("clay", "", argv=f"--quick --model resconn --out {out}".split())
+        assert ("trained to tell clay" in said.getvalue()) == told
+
+
+def test_the_scores_shown_are_the_tasks():
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        tune("--task soil_moisture --model lstm", out := mkdtemp())
+        evaluate.main(["--out", out])
+    assert said.getvalue().count("rmse") == 4 and "kge" not in said.getvalue()  # and ubrmse
+
+
+def test_every_application_explains_its_options():
+    for path in sorted(Path(common.__file__).parent.glob("[a-z]*.py")):
+        if path.stem not in ("common", "blocks", "tests"):
+            done = subprocess.run([sys.executable, "-m", f"applications.{path.stem}", "--help"],
+                                  text=True, capture_output=True, cwd=path.parents[1])
+            assert done.returncode == 0 and "usage" in done.stdout, (path, done.stderr)
 
 
 def test_an_application_pretrains_with_its_readers():
@@ -592,7 +664,7 @@ def test_height_command_writes_maps_and_weights_and_prints_a_table():
     saved = torch.load(Path(out, "height", files[1]), weights_only=True)
     height.MODELS["pixel"](64, 1).load_state_dict(saved["weights"])
     raises(ValueError, "--model vnet: expected one of unet", height.main, ["--model", "vnet"])
-    raises(ValueError, "--buffer 10 leaves no pixel", height.main,
+    raises(ValueError, "--buffer 10 leaves no pixel to learn", height.main,
            f"--quick --model pixel --buffer 10 --out {out}".split())
 
 
