@@ -152,6 +152,7 @@ def split(o, sites):
     data.check(o.fold < o.folds, f"--fold {o.fold}: with --folds {o.folds}, 0 to {o.folds - 1}")
     tenth = data.folds(sites, "pub", 10, seed=1) == 0
     kept = data.folds(sites, o.holdout, o.folds) != o.fold
+    data.check((~tenth & kept).any(), f"of {len(kept)} sites none is left to train on")
     return np.flatnonzero(~tenth & kept), np.flatnonzero(tenth & kept)
 
 

@@ -452,6 +452,12 @@ def test_figures_say_what_they_cannot_draw():
     with contextlib.redirect_stdout(io.StringIO()) as text:
         figures.main(["--out", out])                        # needs no matplotlib
     assert "reconstruction.png is not drawn: 'nowhere'" in text.getvalue()
+    out = mkdtemp()                                         # sites of attributes alone
+    command = f"train --quick --steps 1 --seq-len 1 --holdout none --data gauges:{archives()}"
+    common.main("clay", "", argv=[*command.split(), "--out", out])
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        figures.main(["--out", out])
+    assert "reconstruction.png is not drawn: " in text.getvalue()
     with mock.patch.dict(sys.modules, {"matplotlib": None}):
         raises(SystemExit, "pip install matplotlib", figures.new_figure, 1, 1)
 
@@ -582,6 +588,9 @@ def test_crop_turns_map_and_image_together_less_the_edges():
         assert (known.sum((1, 2)) == 16 * 16).all() and torch.equal(y[known], x[:, 0][known])
         corners.add(y[0][known[0]][0].item())               # the first known pixel
     assert len(corners) == 4                                # of the block: it has been turned
+    target[:, 12:20] = nan                                  # a gap costs no pixel beside it
+    y, _ = height.crop(target, image, 2, np.random.default_rng(0))
+    assert ((~y.isnan()).sum((1, 2)) == 8 * 16).all()
 
 
 def test_split_keeps_the_fold_and_unknown_blocks_out_of_training():
@@ -626,6 +635,15 @@ def test_scores_of_a_class_map_equal_their_formulas():
         "balanced": (1 + 2 / 3) / 2, "accuracy": 3 / 4, "f1 0": 2 / 3, "f1 1": 4 / 5})
 
 
+def test_the_linear_baseline_of_images_is_solved():
+    cut = blocks.load("synthetic", "height")
+    channels = cut.image[:, :3].sum(1)                      # what three of them say exactly
+    cut.target = np.where(np.isnan(cut.target), nan, 7 * channels).astype("f4")
+    o = height.Options(steps=1, out=mkdtemp())
+    result = height.run(o, "pixel", cut, data.folds(cut, "pub", 5), 0, 0)
+    assert evaluate.value_scores(result["obs"].ravel(), result["sim"].ravel())["R2"] > 0.9999
+
+
 def tile(image, target):
     """A folder with the files of tiles:DIR."""
     folder = Path(mkdtemp())
@@ -642,6 +660,8 @@ def test_tiles_are_decoded_and_their_marks_of_no_data_known():
     assert (cut.target == 7).sum() == 19 * 20 and np.isnan(cut.target[0, 10]).all()
     image[0, 5, 5] = -128                                   # AlphaEarth's mark
     raises(ValueError, "tiles:.*without data", blocks.load, tile(image, target), "height")
+    raises(ValueError, "the classes .-1.., expected 0, 1, 2 and so on; no data is NaN or below",
+           blocks.load, tile(np.zeros((1, 2, 2)), np.array([[0, 1], [-1, nan]])), "landcover")
     raises(ValueError, "the classes .0.5., expected 0, 1, 2",
            blocks.load, tile(np.zeros((1, 2, 2)), np.array([[0, 1], [0.5, nan]])), "landcover")
     raises(ValueError, "x.npy: x has the shape .2, 2., expected the axes 'chw'",
@@ -656,6 +676,7 @@ def test_height_command_writes_maps_and_weights_and_prints_a_table():
     out = mkdtemp()
     with contextlib.redirect_stdout(io.StringIO()) as text:
         height.main(f"--quick --model pixel --fold 0,1 --out {out}".split())
+    assert "64 channels of 200 x 200 pixels, 40000 of known height, in 100" in text.getvalue()
     assert re.search(r"2 pub folds at once.*\npixel .*R2 \S+ ± .*nmad", text.getvalue())
     files = sorted(path.name for path in Path(out, "height").iterdir())
     assert files == [f"height synthetic pub5, pixel, fold {k}, seed 0.{end}"
