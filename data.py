@@ -303,7 +303,8 @@ def assemble(records, target):
 
     ids = np.array([record.id for record in records])                           # (N,)
     names, count = np.unique(ids, return_counts=True)
-    check(count.max() == 1, f"the site {names[count.argmax()]} is there twice")
+    files = [str(record.file) for record in records if record.id == names[count.argmax()]]
+    check(count.max() == 1, f"{files[0]}: the site {names[count.argmax()]} is there twice")
     latlon = [record.latlon or (np.nan, np.nan) for record in records]
     latlon = np.array(latlon, np.float32)                                       # (N, 2)
     latlon[:, 1] = (latlon[:, 1] + 180) % 360 - 180

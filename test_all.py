@@ -284,6 +284,8 @@ def test_basins_of_your_own_are_read():
     assert np.isclose(s.forcing[0, 0, 4], data.potential_evaporation(50, 1, 5.0, 8.0, 2.0))
     np.testing.assert_allclose(s.target, [[0.5, 0.6], [nan, nan]])              # b2 has no file
     assert np.isnan(s.forcing[1]).all()
+    s = data.load(f"csv:{archives('tmax,tmin', 'temperature,pet')}", cache=None)
+    np.testing.assert_equal(s.forcing[0], [[1, 8, 2], [2, 9, 1]])               # one's own pet
 
 
 NLDAS = ("Year Mnth Day Hr Dayl(s) PRCP(mm/day) SRAD(W/m2) SWE(mm) Tmax(C) Tmin(C) Vp(Pa)\n"
@@ -356,6 +358,13 @@ def test_archives_are_parsed_once_until_a_file_changes():
     path.write_text(path.read_text().replace("1.5", "2.5"))
     assert np.nanmax(data.load(spec, cache=cache).target[0]) == 2.5
     assert len(list(Path(cache).iterdir())) == 2            # nothing half-written is left
+    code = Path(cache, "own_reader.py")                     # nor if a reader has changed
+    for value in (1.0, 2.0):
+        text = f"def read(folder):\n yield Record('x', folder, None, {{'a': {value}}}, {{}})"
+        code.write_text(text)
+        exec(compile(text, code, "exec"), own := {"Record": data.Record})
+        with mock.patch.dict(data.READERS, own=own["read"]):
+            assert data.load(f"own:{folder}", cache=cache).static == value
     for file in Path(cache).rglob("forcing.npy"):
         file.write_bytes(b"")
     raises(ValueError, "is damaged, delete it", data.load, spec, cache=cache)
@@ -853,17 +862,24 @@ def test_what_is_learned_can_be_undone():
     assert task.inverse(np.array([-3.0]), None) == 0        # no negative flow
 
 
-def samples(warmup=300):
-    """Windows of a few sites, with an encoder of random weights."""
+def samples(length=365, warmup=300, first=0):
+    """Windows of two sites, with an encoder of random weights; their weather begins with a day."""
     sites = data.synthetic_world(0, 20, 3)
+    sites.forcing[:, :first] = nan
     torch.manual_seed(0)
     config = model.Config(sites.dynamic_names, sites.static_names, d_model=16)
     scaling = {key: train.fit_standardisation(getattr(sites, key)) for key in ("forcing", "static")}
     predictor = finetune.Predictor(dict(
-        task="streamflow", variant="resconn", width=16, dropout=0.0, length=365, warmup=warmup,
+        task="streamflow", variant="resconn", width=16, dropout=0.0, length=length, warmup=warmup,
         config=vars(config), encoder_scaling=scaling, scaling=scaling, shapes={}, centre=1.0,
         spread=2.0, forcing_names=sites.dynamic_names, static_names=sites.static_names))
-    return finetune.Samples(predictor, sites, np.array([3, 7]), slice(0, 1096))
+    days = slice(0, 1096 if length > 1 else 1)
+    return finetune.Samples(predictor, sites, np.array([3, 7]), days)
+
+
+def test_a_value_per_site_sees_the_first_year_of_the_sites_record():
+    assert samples(1, 0, first=500).encoder_start.tolist() == [500, 500]
+    assert samples(1, 0, first=1000).encoder_start.tolist() == [1096 - 365] * 2     # a short one
 
 
 def test_cached_embeddings_equal_the_encoders():
@@ -962,6 +978,8 @@ def test_the_table_scores_all_test_sites_at_once_and_gains_by_site():
     # within a fold R2 is 0 and -3, over both it is 1 - 4 * error^2 / 101
     assert re.search(r"resconn +4 of 4 sites, 2 folds, 1 seeds  R2 0.990 ± 0.000", text), text
     assert "gain over lstm +0.500, p 1.2e-01" in text and text.count("gain") == 1
+    unseen = np.array([[0.0], [nan]])                       # no observation, no score
+    assert " 1 of 2 sites" in table_of("value", [("lstm", 0, 0, unseen, far)])
 
 
 def test_the_table_does_not_rank_probabilities_of_different_folds():
