@@ -101,6 +101,7 @@ shortwave           radiation      W/m2  -                        srad(w/m2)
 net_shortwave       radiation      W/m2  surface_net_solar_radiation_mean  -
 humidity            humidity       %     -                        -
 """)
+LIMITS = {"%": (0, 100), "degC": (-90, 60), "mm/d": (0, 2000), "W/m2": (-50, 1500)}  # by unit
 SERIES = {"streamflow": "streamflow", "vp(pa)": "vapour", "dayl(s)": "daylight",
           "dewpoint_temperature_2m_mean": "dewpoint"}
 for own_name, row in DYNAMIC.items():       # column of a daily table, in lower case -> our name
@@ -320,6 +321,16 @@ def assemble(records, target):
                 days, values = record.series[name]
                 check(len(np.unique(days)) == len(days), f"{place} has the same date twice")
                 daily[i, (days - dates[0]).astype(int), j] = values
+        for names, values, table in ((static_names, static[i:i + 1], STATIC),
+                                     (dynamic_names, daily[i, :, :-1], DYNAMIC)):
+            for name, of_days in zip(names, values.T):
+                unit = table[name].unit if name in table else ""
+                low, high = LIMITS.get(unit, (-np.inf, np.inf))
+                bad = of_days[(of_days < low) | (of_days > high)]
+                check(not len(bad), f"{place}: {name} is {bad[:1]} {unit}, "
+                                    f"it cannot be outside {low} to {high}")
+        mean = np.nanmean(daily[i, :, -1]) if target in record.series else 0
+        check(target != "streamflow" or mean <= 100, f"{place}: a mean streamflow of {mean:.1f} mm/d")
     extra = {}
     for name in set().union(*[record.extra for record in records]):
         lacking = [record.id for record in records if name not in record.extra]

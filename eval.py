@@ -98,6 +98,19 @@ def class_scores(obs, sim):
 SCORINGS = {"series": series_scores, "value": value_scores, "class": class_scores}
 
 
+def interval_scores(obs, low, high, members):
+    """coverage: share of obs within low to high; their mean width; mae of the members' median and
+    crps of the members (K, ...): doi 10.1198/016214506000001437, eq. 21. In the unit of obs."""
+    known = np.isfinite(obs + low + high)
+    o, x = obs[known], np.sort(members[:, known], 0)                            # (n,), (K, n)
+    K = len(x)
+    between = (np.arange(1 - K, K, 2)[:, None] * x).sum(0) / K ** 2    # half the mean difference
+    return {"coverage": ((low[known] <= o) & (o <= high[known])).mean(),
+            "width": (high - low)[known].mean(),
+            "mae": abs(np.median(x, 0) - o).mean(),
+            "crps": (abs(x - o).mean(0) - between).mean()}
+
+
 def sign_test(difference):
     """Two-sided exact p-value that a difference is as often positive as negative."""
     wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
@@ -114,12 +127,37 @@ def load_runs(folder):
         about = json.loads(str(run.get("about", "{}")))
         if "pretraining" not in about:
             raise ValueError(f"{path} is no run of this version: move it away")
-        runs.append(run | about["options"] | about)
+        if len(run["ids"]):                                 # of hold-out none there are no scores
+            runs.append(run | about["options"] | about)
     tell_apart(runs, ("setting",), "options")
     tell_apart(runs, ("setting", "model"), "pretraining")
     result = defaultdict(lambda: defaultdict(list))
     for run in runs:
         result[run["setting"]][run["model"]].append(run)
+    for models in result.values():
+        models |= ensembles(models)
+    return result
+
+
+def ensembles(models):
+    """{name: runs} for the median over the seeds of each model, and of it and the baseline; where
+    the seeds have the same test sites, and learned from the same, or all, labelled ones."""
+    result = {}
+    for name, runs in models.items():
+        baseline = runs[0]["baseline"]
+        members = {name: runs}
+        if name != baseline and baseline in models:
+            members[f"{name} + {baseline}"] = runs + models[baseline]
+        for title, together in members.items():
+            folds = {fold: [run for run in together if run["fold"] == fold]
+                     for fold in {run["fold"] for run in together}}
+            alike = all(np.array_equal(run["ids"], runs[0]["ids"])
+                        for runs in folds.values() for run in runs)
+            fair = runs[0]["draw"] >= 0 or not runs[0]["labelled"]
+            if alike and fair and len({run["seed"] for run in together}) > 1:
+                result[f"{title}, median"] = [
+                    runs[0] | {"sim": np.median([run["sim"] for run in runs], 0), "seed": 0,
+                               "baseline": f"{baseline}, median"} for runs in folds.values()]
     return result
 
 

@@ -27,9 +27,9 @@ import torch.nn as nn
 import data
 from eval import SCORINGS
 from model import Config, Dropout, StefaLand
-from train import (Windows, cover_with_windows, day_slice, descend, fit_standardisation,
-                   learning_rate, load_checkpoint, load_file, option, parse, save, setup,
-                   tested_folds)
+from train import (Windows, apply_standardisation, cover_with_windows, day_slice, descend,
+                   fit_standardisation, learning_rate, load_checkpoint, load_file, option, parse,
+                   save, setup, tested_folds)
 
 
 @dataclass
@@ -40,10 +40,12 @@ class Options:
     basins: str = option("data", "", "file with a gauge a line: only these, once folds are cut")
     train_period: str = option("data", "", "FROM/TO, as 1989-10-01/1999-09-30; empty: first 60 %%")
     test_period: str = option("data", "", "FROM/TO; empty: the last 40 %%")
-    holdout: str = option("hold-out", "pub", "pub (random sites) or pur (regions)")
+    holdout: str = option("hold-out", "pub", "pub (random sites), pur (regions), or none: for use")
     folds: int = option("hold-out", 5, "number of folds", least=1)
     fold: str = option("hold-out", "0", "folds to test on, joined by commas, or all")
     reshuffle_folds: bool = option("hold-out", False, "other folds for every seed")
+    draw: int = option("hold-out", -1, "labelled and validation sites are this draw for every "
+                       "seed, as for an ensemble; -1: others for each", least=-1)
     labelled: int = option("hold-out", 0, "sites with observations, 1/7 to validate; 0: all")
     missing: float = option("hold-out", 0.0, "share of attribute groups hidden at test sites")
     allow_overlap: bool = option("hold-out", False, "test sites may be known to the checkpoint")
@@ -266,7 +268,7 @@ class Samples:
         return self.model.task.inverse(result, self.sites)[self.chosen, self.days]
 
 
-VERSION = 1                                                 # of the saved models' format
+VERSION = 2                                                 # of the saved models' format
 
 
 def load(path):
@@ -331,13 +333,13 @@ def choose_sites(o, sites, fold_of, fold, rng):
     if o.basins:
         gauges = [data.gauge(site) for site in sites.ids]
         known &= np.isin(gauges, Path(o.basins).read_text().split())
-    test = np.flatnonzero(known & (fold_of == fold))
+    test = np.flatnonzero(known & (fold_of == fold))        # with hold-out none there are none
     pool = rng.permutation(np.flatnonzero(known & (fold_of != fold)))
     data.check(o.labelled <= len(pool), f"--labelled {o.labelled}: only {len(pool)} sites outside "
                f"fold {fold} have observations")
     pool = pool[:o.labelled or None]
     validation, training = np.split(pool, [max(len(pool) // 7, 1)])
-    data.check(len(test) and len(training),
+    data.check(len(training) and (len(test) or o.holdout == "none"),
                f"fold {fold}: {len(test)} test and {len(training)} training sites")
     return np.sort(training), np.sort(validation), test
 
@@ -345,10 +347,11 @@ def choose_sites(o, sites, fold_of, fold, rng):
 def run(o, variant, sites, fold_of, fold, seed):
     """Train one variant on one fold: the model, and what the run's file holds."""
     began, rng, task = time.time(), np.random.default_rng([seed, fold]), TASKS[o.task]
+    choice = np.random.default_rng([o.draw, fold]) if o.draw >= 0 else rng
     torch.manual_seed(seed)
     target = sites.target.reshape(len(sites.ids), -1)                           # (N, T)
     sites = replace(sites, target=target, static=np.array(sites.static))
-    training, validation, test = choose_sites(o, sites, fold_of, fold, rng)
+    training, validation, test = choose_sites(o, sites, fold_of, fold, choice)
     sites.static[test] = data.hide_groups(sites.static[test], sites.static_names, o.missing, rng)
     encoder, scaling, overlap = None, None, 0
     if VARIANTS[variant].embedding in ENCODED:
@@ -379,19 +382,29 @@ def run(o, variant, sites, fold_of, fold, seed):
         scaling={"forcing": fit_standardisation(sites.forcing[training, train_days]),
                  "static": fit_standardisation(sites.static[fold_of != fold])},
         shapes={name: values.shape[1] for name, values in sites.extra.items() if values.ndim > 1})
+    attributes = apply_standardisation(sites.static[training], settings["scaling"]["static"])
+    settings["places"] = dict(latlon=torch.tensor(sites.latlon[training]),      # trained at
+                              static=torch.from_numpy(attributes))
     model = Predictor(settings, None if VARIANTS[variant].embedding == "random" else encoder)
     model.to(setup(o.device)[2])
 
     learn = model.variant.fit or fit
     best = learn(model, o, Samples(model, sites, training, train_days),
                  Samples(model, sites, validation, train_days), learned, rng)
-    obs, sim = target[test, test_days], Samples(model, sites, test, test_days).predict()
-    scores = SCORINGS[task.scoring](obs, sim)
-    shown = ", ".join(f"{name} {scores[name]:.3f}" for name in task.shown or scores)
+    arrays = dict(dates=sites.dates[test_days], overlap=overlap, validation=best)
+    for prefix, chosen in (("", test), ("validation_", validation)):    # the latter to calibrate
+        sim = target[chosen, test_days]
+        if len(chosen):
+            sim = Samples(model, sites, chosen, test_days).predict()
+        arrays |= {prefix + "ids": sites.ids[chosen], prefix + "latlon": sites.latlon[chosen],
+                   prefix + "obs": target[chosen, test_days], prefix + "sim": sim}
+    shown = "none"
+    if len(test):
+        scores = SCORINGS[task.scoring](arrays["obs"], arrays["sim"])
+        shown = ", ".join(f"{name} {scores[name]:.3f}" for name in task.shown or scores)
     print(f"fold {fold} seed {seed} {variant:<10} {len(training)} + {len(validation)} sites, "
           f"validation {best:.3f}; test {shown}; {time.time() - began:.0f} s", flush=True)
-    return model, dict(ids=sites.ids[test], latlon=sites.latlon[test], dates=sites.dates[test_days],
-                       obs=obs, sim=sim, overlap=overlap, validation=best)
+    return model, arrays
 
 
 def fit(model, o, samples, validation, learned, rng):
@@ -441,12 +454,15 @@ def main(argv=None, options_class=Options, description=__doc__, defaults=None):
         o.steps, o.batch_size = min(o.steps, 10), 8
     sites = data.load(o.data, task.target, cache=Path(o.out, "cache"), quick=o.quick)
     sites = task.prepare(sites, o)
+    if o.holdout == "none":
+        o.draw = max(o.draw, 0)
     options = {name: value for name, value in vars(o).items() if name not in ELSEWHERE}
     kinds = "+".join(source.partition(":")[0] for source in o.data.split(","))
-    setting = f"{o.task} {kinds} {o.holdout}{o.folds}"
+    setting = f"{o.task} {kinds} {o.holdout}{o.folds if o.holdout != 'none' else ''}"
     for name in ("reshuffle_folds", "labelled", "missing"):
         setting += f", {name} {getattr(o, name)}" if getattr(o, name) else ""
-    for seed, fold, variant in product(range(o.seed, o.seed + o.seeds), tested_folds(o), variants):
+    folds = tested_folds(o) if o.holdout != "none" else [0]     # once, none of them tested
+    for seed, fold, variant in product(range(o.seed, o.seed + o.seeds), folds, variants):
         pretraining, network = {}, ""
         if VARIANTS[variant].embedding in ENCODED:
             pretraining, network = pretraining_of(checkpoint_of(o, fold))

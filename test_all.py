@@ -413,7 +413,11 @@ def test_a_bad_value_is_refused_with_file_and_line():
             ("2000-01-03", "today", "us_1.csv, line 3: date is 'today'"),
             ("-01-", "-31-", "'2000-31-01'"), ("1980 01 02", "1980 02 30", "line 6: date is"),
             (r"\d+\.\d+", "1e39", "'1e39'"), (r"\d+\.\d+", "-inf", "'-inf'"),
-            (r"\d+\.\d+", "a'b", "us_1.csv, line 2: streamflow is 'a'b'")):
+            (r"\d+\.\d+", "a'b", "us_1.csv, line 2: streamflow is 'a'b'"),
+            ("01,1,8", "01,-1,8", r"b1.csv: site b1: precipitation is \[-1.\] mm/d, it cannot be"),
+            ("01,1,8", "01,1,288", r"b1: temperature is \[145.\] degC, it cannot be outside -90"),
+            ("8,20,1", "8,120,1", r"b1: clay is \[120.\] %, it cannot be outside 0 to 100"),
+            (",0.5", ",500", "b1: a mean streamflow of 250.3 mm/d")):
         assert re.search(complaint, complaints(old, new)), (old, new, complaints(old, new))
 
 
@@ -949,6 +953,35 @@ def test_scores_of_values_are_over_all_sites():
     obs, sim = np.array([[0.0], [1], [2], [5]]), np.array([[1.0], [2], [4], [5]])
     close(evaluate.value_scores(obs, sim), {
         "R2": 1 - 6 / 14, "rmse": 1.5 ** 0.5, "median difference": 1.0, "nmad": 1.4826 / 2})
+
+
+def test_interval_scores_equal_their_formulas():
+    rng = np.random.default_rng(0)
+    obs, members = rng.standard_normal(50), rng.standard_normal((7, 50))
+    low, high = members.min(0), members.max(0)
+    pairs = abs(members[:, None] - members).mean((0, 1))    # all K^2 of them
+    crps = abs(members - obs).mean(0) - pairs / 2
+    close(evaluate.interval_scores(np.append(obs, nan), *np.pad([low, high], ((0, 0), (0, 1))),
+                                   np.pad(members, ((0, 0), (0, 1)))),
+          {"coverage": ((low <= obs) & (obs <= high)).mean(), "width": (high - low).mean(),
+           "mae": abs(np.median(members, 0) - obs).mean(), "crps": crps.mean()})
+    one = evaluate.interval_scores(obs, obs, obs, obs[None] + 1)
+    assert np.isclose(one["crps"], 1) and np.isclose(one["mae"], 1)     # of one: its mae
+
+
+def test_the_median_of_the_seeds_has_a_row_of_its_own():
+    out = out_with_encoder()
+    tune("--model resconn,lstm --seeds 3 --allow-overlap", out)
+    models, = evaluate.load_runs(out).values()
+    assert [*models][2:] == ["lstm, median", "resconn, median", "resconn + lstm, median"]
+    run, = models["resconn + lstm, median"]
+    sims = [run["sim"] for name in ("resconn", "lstm") for run in models[name]]
+    assert np.array_equal(run["sim"], np.median(sims, 0)) and run["baseline"] == "lstm, median"
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        evaluate.main(["--out", out])
+    assert text.getvalue().count("gain over lstm, median") == 2
+    tune("--model lstm --seeds 2 --labelled 20", out)       # of other sites each: no ensemble
+    assert sum("lstm, median" in models for models in evaluate.load_runs(out).values()) == 1
 
 
 def test_sign_test_is_exact():

@@ -19,8 +19,8 @@ import data
 import eval as evaluate
 import finetune
 import train
-from applications import (adapters, alphaearth, blocks, common, dynamic_world, figures, height,
-                          landslide, reconstruction, release, soil_moisture)
+from applications import (adapters, alphaearth, blocks, common, dynamic_world, embeddings, figures,
+                          height, landslide, predict, reconstruction, release, soil_moisture)
 from test_all import (FILES, REAL, archives, checkpoint, close, needs_real_data, out_with_encoder,
                       quick_run, raises, tune)
 
@@ -203,6 +203,127 @@ def test_an_application_pretrains_with_its_readers():
     common.main("clay", "", argv=[*command.split(), "--out", out])
     _, saved = train.load_checkpoint(Path(out, "pretrained.pt"))
     assert saved["ids"] == ["us_1", "us_2", "us_9"] and saved["step"] == 2
+
+
+# predict.py and embeddings.py
+
+def own_basins(n=12):
+    """csv:DIR with basins of the synthetic world, the last but one without flow, the last without
+    a file; and the world."""
+    sites, folder = data.synthetic_world(3, n, 3), Path(mkdtemp())
+    rows = ["id,lat,lon," + ",".join(sites.static_names)]
+    for i, (site, latlon) in enumerate(zip(sites.ids, sites.latlon)):
+        rows.append(",".join([site, *map(str, [*latlon, *sites.static[i]])]).replace("nan", ""))
+        lines = ["date," + ",".join(sites.dynamic_names) + ",streamflow" * (i < n - 2)]
+        for day, weather, flow in zip(sites.dates, sites.forcing[i], sites.target[i]):
+            lines.append(",".join(map(str, [day, *weather, *[flow][:i < n - 2]])))
+        (folder / f"{site}.csv").write_text("\n".join(lines))
+    (folder / f"{site}.csv").unlink()
+    (folder / "sites.csv").write_text("\n".join(rows))
+    return folder, sites
+
+
+def test_basins_of_your_own_go_from_nothing_to_predictions():
+    (folder, sites), out = own_basins(), mkdtemp()
+    train.main(f"--quick --steps 2 --data csv:{folder} --holdout none --out {out}".split())
+    finetune.main(f"--quick --data csv:{folder} --holdout none --seeds 2 --out {out}".split())
+    command = f"csv:{folder} --out {out}".split()
+    predict.main(command)
+    where = Path(out, "predictions", f"csv-{folder.name}")
+    members = [finetune.load(path) for path in sorted(Path(out, "runs").glob("*.pt"))]
+    assert len(members) == 4
+    loaded = data.load(f"csv:{folder}", cache=None)
+    expected = np.median([model.predict(loaded) for model in members], 0)       # (N, T)
+    table = data.Table(where / "synthetic_0003.csv", ["date"])
+    low, median, high = (table.numbers(f"{name} (mm/d)") for name in ("low", "median", "high"))
+    np.testing.assert_allclose(median, expected[3], rtol=1e-3)
+    assert (0 <= low).all() and (low <= median).all() and (median <= high).all()
+    found = np.load(f"{where}.npz")
+    np.testing.assert_allclose(found["median"][:11], expected[:11], rtol=1e-5)
+    assert np.isnan(found["median"][11]).all() and not (where / "synthetic_0011.csv").exists()
+    table = data.Table(where / "sites.csv")
+    assert table.columns["id"] == tuple(sites.ids) and np.isnan(table.numbers("mean (mm/d)")[11])
+    assert (table.numbers("distance (km)")[:9] < 1).sum() >= 7      # trained at, or to validate
+    assert "tmax" in table.columns["fed as missing"][11]
+    # started twice, it goes on where it stopped; of other models it writes nothing
+    values = np.load(where / "values.npy", mmap_mode="r+")
+    values[5], values[4] = nan, 7
+    (where / "synthetic_0005.csv").unlink()
+    del values
+    predict.main(command)
+    again = np.load(f"{where}.npz")["median"]
+    np.testing.assert_allclose(again[5], found["median"][5], rtol=1e-4)
+    assert (again[4] == 7).all()
+    assert (where / "synthetic_0005.csv").exists()
+    finetune.main(f"--quick --data csv:{folder} --holdout none --seed 9 --out {out}".split())
+    raises(ValueError, "holds predictions of other models or data: move", predict.main, command)
+    raises(FileNotFoundError, "no runs with 'xyz' in their names", predict.main,
+           [*command, "--runs", "xyz"])
+    raises(ValueError, "whose sites", predict.main, ["--out", out])
+    empty = data.replace(loaded, dynamic_names=("snow",), static_names=("x",),
+                         forcing=loaded.forcing[..., :1], static=loaded.static[:, :1])
+    raises(ValueError, "none of what the models know", predict.missing_variables, empty, members)
+
+
+def test_intervals_hold_what_they_promise_at_other_sites():
+    rng = np.random.default_rng(0)
+
+    def draw(n):
+        sim = rng.gamma(0.5, 4, (n, 400))
+        return np.maximum(sim + (0.1 + 0.3 * sim) * rng.standard_normal((n, 400)), 0), sim
+    calibration = predict.Calibration(*draw(40))
+    obs, sim = draw(300)
+    q = calibration.quantiles(sim)
+    assert q.shape == (10, 300, 400) and (np.diff(q, axis=0) >= 0).all()
+    for some in (sim < 1, sim > 4):                         # small and large values alike
+        inside = (q[0] <= obs) & (obs <= q[-1])
+        assert 0.87 < inside[some].mean() < 0.93
+    raises(ValueError, "nothing to calibrate with", predict.Calibration, obs * nan, sim)
+    # errors may be of either sign where values are
+    q = predict.Calibration(obs[:9] - 5, sim[:9] - 5).quantiles(np.array([-4.0]))
+    assert q.min() < -4 < q.max()
+
+
+def test_intervals_are_checked_at_held_out_sites():
+    out = out_with_encoder()
+    tune("--model resconn,lstm --seeds 2 --draw 0", out)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        predict.main(["--check", "--out", out])
+    rows = re.findall(r"(raw|calibrated) +(all|dry half|wet half) +coverage (\S+)", said.getvalue())
+    assert len(rows) == 3 * 6 and "lstm + resconn" in said.getvalue()
+    coverage = {kind: float(x) for kind, part, x in rows[-6:] if part == "all"}
+    assert coverage["raw"] < 0.6 < 0.75 < coverage["calibrated"]
+    tune("--model lstm --seeds 2 --fold 1", out)
+    runs = [run for models in evaluate.load_runs(out).values() for run in models["lstm"]]
+    apart = [dict(run, validation_ids=run["validation_ids"] + str(k)) for k, run in enumerate(runs)]
+    raises(ValueError, "run finetune.py with --draw 0", predict.common_validation, apart)
+
+
+def test_embeddings_are_written_for_every_site():
+    (folder, sites), (path, _) = own_basins(), checkpoint()
+    out = mkdtemp()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        embeddings.main(f"csv:{folder} --out {out} --checkpoint {path}".split())
+    table = data.Table(Path(out, "embeddings", f"csv-{folder.name}.csv"), ["id", "lat", "lon"])
+    assert table.columns["id"] == tuple(sites.ids) and len(table.columns) == 3 + 2 * 64
+    loaded = data.load(f"csv:{folder}", cache=None)
+    network, saved = train.load_checkpoint(path)
+    c = network.eval().config
+    windows = train.Windows(loaded, saved["scaling"], 365, c.dynamic_names, c.static_names)
+    e = network.encode(*windows.get(np.array([2]), np.array([0])))[0].detach()
+    for part, expected in (("site", e[-1]), ("day", e[:-1].mean(0))):
+        row = [table.numbers(f"{part}_{d:03d}")[2] for d in range(64)]
+        close(torch.tensor(row), expected, atol=1e-4)
+    assert "of 10 sites" in said.getvalue()
+
+
+def test_neighbours_that_are_alike_are_told():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 2))
+    assert embeddings.likeness(x, x[:, 0]) > 0.9 > 0.3 > embeddings.likeness(x, rng.random(200))
+    scores, shares = embeddings.components(np.outer(x[:, 0], [3, 4, 0]) + 1)
+    assert abs(shares[0] - 1) < 1e-9
+    assert np.isclose(abs(np.corrcoef(scores[:, 0], x[:, 0])[0, 1]), 1)
 
 
 # landslide.py
