@@ -349,6 +349,7 @@ def setup(device):
 def parse(options, description, argv, defaults=None):
     """The command line as an instance of a dataclass of options; --seq-len is its field seq_len."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     usage="%(prog)s [--option value …]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="After an error, --debug shows where it came from.")
     sections = {}
@@ -360,7 +361,9 @@ def parse(options, description, argv, defaults=None):
         title = f.metadata["group"]
         if title not in sections:
             sections[title] = parser.add_argument_group(title)
-        kind = dict(action="store_true") if f.default is False else dict(type=type(f.default))
+        kind = dict(type=type(f.default), metavar="X")
+        if f.default is False:
+            kind = dict(action="store_true")
         sections[title].add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind,
                                      help=f"{f.metadata['help']} [%(default)s]")
     parser.set_defaults(**defaults or {})

@@ -2,13 +2,11 @@
 
     python finetune.py --holdout none --seeds 3 --data csv:DIR      learn from all sites with data
     python -m applications.predict csv:DIR                          predict all, with data or not
-    python -m applications.predict --check                          how true such intervals are
 
 The members of the ensemble are the models saved beside the runs of one setting, both kinds of model
-and all seeds. Their median is the prediction; its 90 % interval follows from the errors at the
-validation sites, which no member learned from, by the level of the prediction (conformal, doi
-10.1080/01621459.2017.1307116). Writes out/predictions/NAME.npz and, in the folder NAME: sites.csv,
-for series a csv a site, and with matplotlib two pictures. Started twice, it continues.
+and all seeds. Their median is the prediction, its 90 % interval that of intervals.py. Writes
+out/predictions/NAME.npz and, in the folder NAME: sites.csv, for series a csv a site, and with
+matplotlib two pictures. Started twice, it continues.
 """
 
 import argparse
@@ -23,87 +21,10 @@ import numpy as np
 import data
 import finetune
 from applications import adapters, alphaearth, landslide, soil, soil_moisture  # noqa: their tasks
-from eval import interval_scores, load_runs
+from applications.intervals import Calibration, common_validation
 from train import apply_standardisation, arrange
 
-SHARES = np.arange(0.05, 1, 0.1)        # the quantiles that stand for the distribution: 5 to 95 %
-BATCH = 16                              # sites at a time
-
-
-class Calibration:
-    """Quantiles of the errors of an ensemble's median, by the level of the median.
-
-    obs, sim (n, T) at validation sites; errors of values that are never negative are those of
-    their square roots. With few values there is but one level.
-    """
-
-    def __init__(self, obs, sim):
-        known = np.isfinite(obs + sim)
-        obs, sim = obs[known], sim[known]                                       # (n,) each
-        data.check(len(obs) > 1, "no validation site has observations: nothing to calibrate with")
-        self.root = obs.min() >= 0
-        order = np.argsort(sim)
-        parts = np.array_split(order, 10 if len(obs) >= 1000 else 1)
-        level, error = self.scale(sim), self.scale(obs) - self.scale(sim)
-        self.levels = np.array([level[part].mean() for part in parts])          # (levels,)
-        self.offsets = np.array([np.quantile(error[part], SHARES) for part in parts])
-
-    def scale(self, values):
-        return np.sqrt(np.maximum(values, 0)) if self.root else values
-
-    def quantiles(self, sim):
-        """(...) -> (10, ...): the values that an observation is below with the chance SHARES."""
-        level = self.scale(sim)
-        result = [level + np.interp(level, self.levels, offset) for offset in self.offsets.T]
-        result = np.sort(result, 0)
-        return np.maximum(result, 0) ** 2 if self.root else result
-
-
-def common_validation(runs):
-    """obs (n, T) and members (K, n, T) at the validation sites that all members left out."""
-    shared = set.intersection(*[set(run["validation_ids"].tolist()) for run in runs])
-    members = []
-    for run in runs:
-        row = {site: i for i, site in enumerate(run["validation_ids"].tolist())}
-        chosen = [row[site] for site in sorted(shared)]
-        members.append(run["validation_sim"][chosen])
-    data.check(shared, f"{runs[0]['setting']}: the members have no validation site in common, so "
-                       "nothing to calibrate with: run finetune.py with --draw 0")
-    return run["validation_obs"][chosen], np.array(members)
-
-
-def check_intervals(folder):
-    """Print how many observations at held-out sites are within the 90 % interval, raw (the members'
-    quantiles) and calibrated, its width, crps, and the median's mae; and so in dry and wet halves.
-    """
-    for setting, models in load_runs(folder).items():
-        singles = {name: runs for name, runs in models.items() if not name.endswith("median")}
-        together = {name: runs for name, runs in singles.items()
-                    if len({run["seed"] for run in runs}) > 1}
-        if len(singles) > 1:
-            together[" + ".join(singles)] = sum(singles.values(), [])
-        for name, runs in together.items():
-            print(f"\n{setting}: {name}")
-            rows = {"raw": [], "calibrated": []}
-            for fold in sorted({run["fold"] for run in runs}):
-                members = [run for run in runs if run["fold"] == fold]
-                sims = np.array([run["sim"] for run in members])                # (K, n, T)
-                obs, sims_validation = common_validation(members)
-                calibration = Calibration(obs, np.median(sims_validation, 0))
-                raw = np.quantile(sims, SHARES, axis=0)                         # (10, n, T)
-                calibrated = calibration.quantiles(np.median(sims, 0))
-                rows["raw"].append((members[0]["obs"], raw))
-                rows["calibrated"].append((members[0]["obs"], calibrated))
-            for kind, of_folds in rows.items():
-                obs = np.concatenate([obs for obs, _ in of_folds])              # (N, T)
-                quantiles = np.concatenate([q for _, q in of_folds], 1)         # (10, N, T)
-                mean = np.nanmean(obs, 1)
-                dry = mean < np.nanmedian(mean)
-                for part, chosen in (("all", dry | True), ("dry half", dry), ("wet half", ~dry)):
-                    q = quantiles[:, chosen]
-                    scores = interval_scores(obs[chosen], q[0], q[-1], q)
-                    line = "  ".join(f"{key} {value:.3f}" for key, value in scores.items())
-                    print(f"{kind:<12}{part:<10}{line}")
+BATCH = 16                                                  # sites at a time
 
 
 def take(sites, index):
@@ -275,16 +196,12 @@ def draw(folder, sites, result, means, task):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", help="the sites: csv:DIR, caravan:DIR …")
+    parser.add_argument("data", help="the sites: csv:DIR, caravan:DIR …")
     parser.add_argument("--out", default="out", help="folder of runs/ and of predictions/ [out]")
     parser.add_argument("--runs", default=" none, ", help="part of the names of the runs whose "
                         "models are used, of one setting [' none, ', of --holdout none]")
     parser.add_argument("--name", default="", help="of the predictions; empty: from the data's")
-    parser.add_argument("--check", action="store_true", help="score intervals at held-out sites")
     o = parser.parse_args(argv)
-    if o.check:
-        return check_intervals(o.out)
-    data.check(o.data, "whose sites? give csv:DIR, caravan:DIR or another source")
     models, runs, digest = load_members(o.out, o.runs)
     task = models[0].task
     sites = data.load(o.data, task.target, cache=Path(o.out, "cache"))

@@ -20,7 +20,8 @@ import eval as evaluate
 import finetune
 import train
 from applications import (adapters, alphaearth, blocks, common, dynamic_world, embeddings, figures,
-                          height, landslide, predict, reconstruction, release, soil_moisture)
+                          height, intervals, landslide, predict, reconstruction, release,
+                          soil_moisture)
 from test_all import (FILES, REAL, archives, checkpoint, close, needs_real_data, out_with_encoder,
                       quick_run, raises, tune)
 
@@ -259,7 +260,6 @@ def test_basins_of_your_own_go_from_nothing_to_predictions():
     raises(ValueError, "holds predictions of other models or data: move", predict.main, command)
     raises(FileNotFoundError, "no runs with 'xyz' in their names", predict.main,
            [*command, "--runs", "xyz"])
-    raises(ValueError, "whose sites", predict.main, ["--out", out])
     empty = data.replace(loaded, dynamic_names=("snow",), static_names=("x",),
                          forcing=loaded.forcing[..., :1], static=loaded.static[:, :1])
     raises(ValueError, "none of what the models know", predict.missing_variables, empty, members)
@@ -271,16 +271,16 @@ def test_intervals_hold_what_they_promise_at_other_sites():
     def draw(n):
         sim = rng.gamma(0.5, 4, (n, 400))
         return np.maximum(sim + (0.1 + 0.3 * sim) * rng.standard_normal((n, 400)), 0), sim
-    calibration = predict.Calibration(*draw(40))
+    calibration = intervals.Calibration(*draw(40))
     obs, sim = draw(300)
     q = calibration.quantiles(sim)
     assert q.shape == (10, 300, 400) and (np.diff(q, axis=0) >= 0).all()
     for some in (sim < 1, sim > 4):                         # small and large values alike
         inside = (q[0] <= obs) & (obs <= q[-1])
         assert 0.87 < inside[some].mean() < 0.93
-    raises(ValueError, "nothing to calibrate with", predict.Calibration, obs * nan, sim)
+    raises(ValueError, "nothing to calibrate with", intervals.Calibration, obs * nan, sim)
     # errors may be of either sign where values are
-    q = predict.Calibration(obs[:9] - 5, sim[:9] - 5).quantiles(np.array([-4.0]))
+    q = intervals.Calibration(obs[:9] - 5, sim[:9] - 5).quantiles(np.array([-4.0]))
     assert q.min() < -4 < q.max()
 
 
@@ -288,7 +288,7 @@ def test_intervals_are_checked_at_held_out_sites():
     out = out_with_encoder()
     tune("--model resconn,lstm --seeds 2 --draw 0", out)
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        predict.main(["--check", "--out", out])
+        intervals.main(["--out", out])
     rows = re.findall(r"(raw|calibrated) +(all|dry half|wet half) +coverage (\S+)", said.getvalue())
     assert len(rows) == 3 * 6 and "lstm + resconn" in said.getvalue()
     coverage = {kind: float(x) for kind, part, x in rows[-6:] if part == "all"}
@@ -296,7 +296,7 @@ def test_intervals_are_checked_at_held_out_sites():
     tune("--model lstm --seeds 2 --fold 1", out)
     runs = [run for models in evaluate.load_runs(out).values() for run in models["lstm"]]
     apart = [dict(run, validation_ids=run["validation_ids"] + str(k)) for k, run in enumerate(runs)]
-    raises(ValueError, "run finetune.py with --draw 0", predict.common_validation, apart)
+    raises(ValueError, "run finetune.py with --draw 0", intervals.common_validation, apart)
 
 
 def test_embeddings_are_written_for_every_site():
