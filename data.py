@@ -321,16 +321,11 @@ def assemble(records, target):
                 days, values = record.series[name]
                 check(len(np.unique(days)) == len(days), f"{place} has the same date twice")
                 daily[i, (days - dates[0]).astype(int), j] = values
-        for names, values, table in ((static_names, static[i:i + 1], STATIC),
-                                     (dynamic_names, daily[i, :, :-1], DYNAMIC)):
-            for name, of_days in zip(names, values.T):
-                unit = table[name].unit if name in table else ""
-                low, high = LIMITS.get(unit, (-np.inf, np.inf))
-                bad = of_days[(of_days < low) | (of_days > high)]
-                check(not len(bad), f"{place}: {name} is {bad[:1]} {unit}, "
-                                    f"it cannot be outside {low} to {high}")
-        mean = np.nanmean(daily[i, :, -1]) if target in record.series else 0
-        check(target != "streamflow" or mean <= 100, f"{place}: a mean streamflow of {mean:.1f} mm/d")
+        check_units(place, static_names, static[i])
+        check_units(place, dynamic_names, daily[i, :, :-1])
+        if target == "streamflow" and target in record.series:
+            mean = np.nanmean(daily[i, :, -1])
+            check(mean <= 100, f"{place}: a mean streamflow of {mean:.1f} mm/d")
     extra = {}
     for name in set().union(*[record.extra for record in records]):
         lacking = [record.id for record in records if name not in record.extra]
@@ -338,6 +333,16 @@ def assemble(records, target):
         extra[name] = np.array([record.extra[name] for record in records], np.float32)
     return Sites(ids, latlon, static, daily[..., :-1], daily[..., -1], dates,
                  tuple(static_names), tuple(dynamic_names), extra)
+
+
+def check_units(place, names, values):
+    """ValueError for a value, of (..., V), that is beyond what its unit can be."""
+    for name, of_name in zip(names, np.moveaxis(values, -1, 0)):
+        unit = (STATIC | DYNAMIC)[name].unit if name in STATIC | DYNAMIC else ""
+        low, high = LIMITS.get(unit, (-np.inf, np.inf))
+        bad = of_name[(of_name < low) | (of_name > high)]
+        check(not bad.size, f"{place}: {name} is {bad[:1]} {unit}, it cannot be outside {low} to "
+                            f"{high}")
 
 
 def read_caravan(folder):
