@@ -140,24 +140,23 @@ def load_runs(folder):
 
 
 def ensembles(models):
-    """{name: runs} for the median over the seeds of each model, and of it and the baseline; where
-    the seeds have the same test sites, and learned from the same, or all, labelled ones."""
-    result = {}
-    for name, runs in models.items():
-        baseline = runs[0]["baseline"]
-        members = {name: runs}
-        if name != baseline and baseline in models:
-            members[f"{name} + {baseline}"] = runs + models[baseline]
-        for title, together in members.items():
-            folds = {fold: [run for run in together if run["fold"] == fold]
-                     for fold in {run["fold"] for run in together}}
-            alike = all(np.array_equal(run["ids"], runs[0]["ids"])
-                        for runs in folds.values() for run in runs)
-            fair = runs[0]["draw"] >= 0 or not runs[0]["labelled"]
-            if alike and fair and len({run["seed"] for run in together}) > 1:
-                result[f"{title}, median"] = [
-                    runs[0] | {"sim": np.median([run["sim"] for run in runs], 0), "seed": 0,
-                               "baseline": f"{baseline}, median"} for runs in folds.values()]
+    """{name: runs} for the median over the seeds of each model and of all models; where the seeds
+    have the same test sites, and learned from the same, or all, labelled ones."""
+    result, members = {}, dict(models)
+    if len(models) > 1:
+        members[" + ".join(models)] = sum(models.values(), [])
+    for name, runs in members.items():
+        folds = defaultdict(list)
+        for run in runs:
+            folds[run["fold"]].append(run)
+        alike = all(np.array_equal(run["ids"], of_fold[0]["ids"])
+                    for of_fold in folds.values() for run in of_fold)
+        fair = runs[0]["draw"] >= 0 or not runs[0]["labelled"]
+        if alike and fair and len({run["seed"] for run in runs}) > 1:
+            result[f"{name}, median"] = [
+                of_fold[0] | {"sim": np.median([run["sim"] for run in of_fold], 0), "seed": 0,
+                              "baseline": of_fold[0]["baseline"] + ", median"}
+                for of_fold in folds.values()]
     return result
 
 

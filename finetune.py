@@ -126,6 +126,8 @@ class Variant:
     head: type = None                   # in place of the task's; may begin with another adapter
     needs: type = None                  # the task's head must be this one for the name to be true
     fit: Callable = None                # in place of fit()
+    transform: Callable = None          # in place of the task's, and its inverse
+    inverse: Callable = None
 
 
 TASKS = {"streamflow": Task("streamflow", "mm/d", transform=square_root, inverse=square)}
@@ -265,7 +267,8 @@ class Samples:
                 cold = s["warmup"] if start else 0
                 days = result[site, start + cold:start + self.length]           # a view
                 np.copyto(days, y[cold:], where=np.isnan(days))     # the earlier window is warmer
-        return self.model.task.inverse(result, self.sites)[self.chosen, self.days]
+        inverse = self.model.variant.inverse or self.model.task.inverse
+        return inverse(result, self.sites)[self.chosen, self.days]
 
 
 VERSION = 2                                                 # of the saved models' format
@@ -370,7 +373,8 @@ def run(o, variant, sites, fold_of, fold, seed):
         warmup = o.warmup
     data.check(length > warmup,
                f"windows of {length} days, of which --warmup {warmup} do not count")
-    learned, centre, spread = task.transform(target, sites), 0.0, 1.0           # (N, T)
+    transform = VARIANTS[variant].transform or task.transform
+    learned, centre, spread = transform(target, sites), 0.0, 1.0                # (N, T)
     if task.standardised:
         known = learned[training, train_days]
         centre, spread = float(np.nanmean(known)), float(np.nanstd(known))

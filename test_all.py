@@ -973,8 +973,10 @@ def test_the_median_of_the_seeds_has_a_row_of_its_own():
     out = out_with_encoder()
     tune("--model resconn,lstm --seeds 3 --allow-overlap", out)
     models, = evaluate.load_runs(out).values()
-    assert [*models][2:] == ["lstm, median", "resconn, median", "resconn + lstm, median"]
-    run, = models["resconn + lstm, median"]
+    *both, one, other, all_of_them = models
+    assert {one, other} == {"lstm, median", "resconn, median"}
+    assert all_of_them == " + ".join(both) + ", median"
+    run, = models[all_of_them]
     sims = [run["sim"] for name in ("resconn", "lstm") for run in models[name]]
     assert np.array_equal(run["sim"], np.median(sims, 0)) and run["baseline"] == "lstm, median"
     with contextlib.redirect_stdout(io.StringIO()) as text:

@@ -19,8 +19,8 @@ import data
 import eval as evaluate
 import finetune
 import train
-from applications import (adapters, alphaearth, blocks, common, dynamic_world, embeddings, figures,
-                          height, intervals, landslide, predict, reconstruction, release,
+from applications import (adapters, alphaearth, blocks, budyko, common, dynamic_world, embeddings,
+                          figures, height, intervals, landslide, predict, reconstruction, release,
                           soil_moisture)
 from test_all import (FILES, REAL, archives, checkpoint, close, needs_real_data, out_with_encoder,
                       quick_run, raises, tune)
@@ -290,13 +290,34 @@ def test_intervals_are_checked_at_held_out_sites():
     with contextlib.redirect_stdout(io.StringIO()) as said:
         intervals.main(["--out", out])
     rows = re.findall(r"(raw|calibrated) +(all|dry half|wet half) +coverage (\S+)", said.getvalue())
-    assert len(rows) == 3 * 6 and "lstm + resconn" in said.getvalue()
+    assert len(rows) == 3 * 6 and " + " in said.getvalue()
     coverage = {kind: float(x) for kind, part, x in rows[-6:] if part == "all"}
     assert coverage["raw"] < 0.6 < 0.75 < coverage["calibrated"]
     tune("--model lstm --seeds 2 --fold 1", out)
     runs = [run for models in evaluate.load_runs(out).values() for run in models["lstm"]]
     apart = [dict(run, validation_ids=run["validation_ids"] + str(k)) for k, run in enumerate(runs)]
     raises(ValueError, "run finetune.py with --draw 0", intervals.common_validation, apart)
+
+
+def test_flow_is_learned_as_a_share_of_the_climatic_mean():
+    sites = data.load(quick=True)
+    mean = budyko.climatic_mean(sites)
+    p, e = (sites.forcing[..., sites.dynamic_names.index(name)].mean(1)
+            for name in ("precipitation", "pet"))
+    np.testing.assert_allclose(mean[:, 0], p - p / np.sqrt(1 + (p / e) ** 2), rtol=1e-3)
+    y = budyko.root_of_share(sites.target, sites)
+    np.testing.assert_allclose(budyko.flow(y, sites), sites.target, rtol=1e-4, atol=1e-5)
+    assert np.isclose(y[7, 100] ** 2 * mean[7, 0], sites.target[7, 100], rtol=1e-4)
+    out = out_with_encoder()
+    tune("--model resconn-budyko,lstm-budyko", out)
+    models, = evaluate.load_runs(out).values()
+    for path in Path(out, "runs").glob("*.pt"):             # and what is saved gives it back
+        run, = models[path.name.split(", ")[1]]
+        test = np.isin(sites.ids, run["ids"])
+        again = finetune.load(path).predict(sites)[test, -len(run["dates"]):]
+        assert np.corrcoef(again.ravel(), run["sim"].ravel())[0, 1] > 0.98
+    dry = data.replace(sites, dynamic_names=("rain", *sites.dynamic_names[1:]))
+    raises(ValueError, "no precipitation", budyko.climatic_mean, dry)
 
 
 def test_embeddings_are_written_for_every_site():
