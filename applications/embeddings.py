@@ -69,11 +69,13 @@ def compare_neighbours(sites, tokens, days):
     ratio = runoff_ratio(sites)
     known = ~np.isnan(sites.target).all(1) & ~np.isnan(sites.latlon).any(1)
     known &= (ratio > 0) & (ratio < 2)                      # a ratio beyond is a wrong area
-    views = {"embedding of the site": tokens, "of the mean day": days,
-             "attributes": sites.static, "place": data.on_sphere(sites.latlon)}
+    place, weather = data.on_sphere(sites.latlon), np.nanmean(sites.forcing, 1)
+    views = {"embedding of the site": tokens, "embedding of the mean day": days,
+             "attributes": sites.static, "place": place, "attributes, mean weather and place":
+             np.hstack([sites.static, weather, place])}
     print(f"correlation of the runoff ratio with that of the 5 nearest of {known.sum()} sites")
     for name, vectors in views.items():
-        print(f"  by {name:<24}{likeness(standardise(vectors[known]), ratio[known]):.3f}")
+        print(f"  by {name:<36}{likeness(standardise(vectors[known]), ratio[known]):.3f}")
 
 
 def draw(path, sites, vectors):

@@ -94,17 +94,20 @@ def load_members(folder, part):
 def predict(sites, models, runs, folder, about):
     """Median and interval at every site, (N, T, 3), in a file of `folder`; and a csv for each."""
     series = models[0].task.scoring == "series"
-    obs, members = common_validation(runs)
-    calibration = Calibration(obs, np.median(members, 0))
+    calibration = None                                      # a probability is its own uncertainty
+    if models[0].task.scoring != "class":
+        obs, members = common_validation(runs)
+        calibration = Calibration(obs, np.median(members, 0))
     missing, known = missing_variables(sites, models)
     note, values = folder / "about.json", folder / "values.npy"
     if note.is_file():
         data.check(note.read_text() == about, f"{folder} holds predictions of other models or "
                    "data: move it away, or choose another --name")
     else:
-        data.write_atomically(note, lambda file: file.write(about.encode()))
+        folder.mkdir(parents=True, exist_ok=True)
         shape = len(sites.ids), len(sites.dates) if series else 1, 3
         np.lib.format.open_memmap(values, "w+", np.float32, shape)[:] = np.nan
+        data.write_atomically(note, lambda file: file.write(about.encode()))
     result = np.load(values, mmap_mode="r+")
     possible = np.array([len(names) < known for names in missing])
     if series:
@@ -119,7 +122,7 @@ def predict(sites, models, runs, folder, about):
         median = np.median(sims, 0)
         if series:                                          # no weather, no prediction
             median[np.isnan(some.forcing).all(-1)] = np.nan
-        quantiles = calibration.quantiles(median)
+        quantiles = calibration.quantiles(median) if calibration else np.sort(sims, 0)
         for i, *of_site in zip(index, median, quantiles[0], quantiles[-1]):
             if series:
                 write_series(folder / f"{file_name(sites.ids[i])}.csv", sites.dates, of_site,
