@@ -267,8 +267,11 @@ def load_archives(spec, target, cache):
         check(kind in READERS, f"'{kind}': expected synthetic or NAME:DIR, NAME in {[*READERS]}")
         check(Path(folder).is_dir(), f"data {kind}: no folder '{folder}'", FileNotFoundError)
         sources.append((READERS[kind], Path(folder)))
-        files += [Path(READERS[kind].__code__.co_filename), *sorted(Path(folder).rglob("*"))]
-    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        code = Path(READERS[kind].__code__.co_filename)
+        cache = cache if code.is_file() else None           # a reader from a notebook may change
+        files += [code, *sorted(Path(folder).rglob("*"))]
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+              for path in files if cache]
     key = hashlib.sha256(repr([spec, target, states]).encode()).hexdigest()[:16]
     cached = Path(cache or "", key)
     if not (cache and cached.is_dir()):

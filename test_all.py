@@ -365,6 +365,9 @@ def test_archives_are_parsed_once_until_a_file_changes():
         exec(compile(text, code, "exec"), own := {"Record": data.Record})
         with mock.patch.dict(data.READERS, own=own["read"]):
             assert data.load(f"own:{folder}", cache=cache).static == value
+    exec(compile(text, "<stdin>", "exec"), own := {"Record": data.Record})      # of a notebook
+    with mock.patch.dict(data.READERS, own=own["read"]):
+        assert data.load(f"own:{folder}", cache=cache).static == 2
     for file in Path(cache).rglob("forcing.npy"):
         file.write_bytes(b"")
     raises(ValueError, "is damaged, delete it", data.load, spec, cache=cache)
