@@ -69,7 +69,8 @@ def compare_neighbours(sites, tokens, days):
     ratio = runoff_ratio(sites)
     known = ~np.isnan(sites.target).all(1) & ~np.isnan(sites.latlon).any(1)
     known &= (ratio > 0) & (ratio < 2)                      # a ratio beyond is a wrong area
-    place, weather = data.on_sphere(sites.latlon), np.nanmean(sites.forcing, 1)
+    place = data.on_sphere(sites.latlon)
+    weather = np.ma.masked_invalid(sites.forcing).mean(1).filled(np.nan)        # (N, C)
     views = {"embedding of the site": tokens, "embedding of the mean day": days,
              "attributes": sites.static, "place": place, "attributes, mean weather and place":
              np.hstack([sites.static, weather, place])}

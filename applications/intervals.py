@@ -83,7 +83,7 @@ def check_intervals(folder):
             for kind, of_folds in rows.items():
                 obs = np.concatenate([obs for obs, _ in of_folds])              # (N, T)
                 quantiles = np.concatenate([q for _, q in of_folds], 1)         # (10, N, T)
-                mean = np.nanmean(obs, 1)
+                mean = np.ma.masked_invalid(obs).mean(1).filled(np.nan)         # (N,)
                 dry = mean < np.nanmedian(mean)
                 for part, chosen in (("all", dry | True), ("dry half", dry), ("wet half", ~dry)):
                     q = quantiles[:, chosen]
