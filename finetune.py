@@ -396,12 +396,8 @@ def run(o, variant, sites, fold_of, fold, seed):
     best = learn(model, o, Samples(model, sites, training, train_days),
                  Samples(model, sites, validation, train_days), learned, rng)
     arrays = dict(dates=sites.dates[test_days], overlap=overlap, validation=best)
-    for prefix, chosen in (("", test), ("validation_", validation)):    # the latter to calibrate
-        sim = target[chosen, test_days]
-        if len(chosen):
-            sim = Samples(model, sites, chosen, test_days).predict()
-        arrays |= {prefix + "ids": sites.ids[chosen], prefix + "latlon": sites.latlon[chosen],
-                   prefix + "obs": target[chosen, test_days], prefix + "sim": sim}
+    arrays |= compare(model, sites, test, test_days)
+    arrays |= compare(model, sites, validation, test_days, "validation_")   # to calibrate with
     shown = "none"
     if len(test):
         scores = SCORINGS[task.scoring](arrays["obs"], arrays["sim"])
@@ -409,6 +405,15 @@ def run(o, variant, sites, fold_of, fold, seed):
     print(f"fold {fold} seed {seed} {variant:<10} {len(training)} + {len(validation)} sites, "
           f"validation {best:.3f}; test {shown}; {time.time() - began:.0f} s", flush=True)
     return model, arrays
+
+
+def compare(model, sites, chosen, days, prefix=""):
+    """ids, latlon, obs and sim (n, T) of some sites, each name behind the prefix."""
+    obs = sim = sites.target[chosen, days]
+    if len(chosen):
+        sim = Samples(model, sites, chosen, days).predict()
+    return {prefix + "ids": sites.ids[chosen], prefix + "latlon": sites.latlon[chosen],
+            prefix + "obs": obs, prefix + "sim": sim}
 
 
 def fit(model, o, samples, validation, learned, rng):
