@@ -2,8 +2,9 @@
 
     python finetune.py --seeds 3 --draw 0 --fold all && python -m applications.intervals [--out out]
 
-The interval of an ensemble's median follows from its errors at the validation sites, which no
-member learned from, by the level of the prediction (conformal, doi 10.1080/01621459.2017.1307116).
+The interval of an ensemble's median follows from its errors at the validation sites, by the level
+of the prediction (conformal, doi 10.1080/01621459.2017.1307116). No member learned from these
+sites, but each stopped early by them, on training days; the errors are those of the test days.
 """
 
 import argparse
