@@ -13,6 +13,8 @@ applications/ by a Task, if need be Variants and a reader, and main().
 
 import hashlib
 import json
+import multiprocessing
+import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -27,9 +29,9 @@ import torch.nn as nn
 import data
 from eval import SCORINGS
 from model import Config, Dropout, StefaLand
-from train import (Windows, apply_standardisation, cover_with_windows, day_slice, descend,
-                   fit_standardisation, learning_rate, load_checkpoint, load_file, option, parse,
-                   save, setup, tested_folds)
+from train import (Windows, apply_standardisation, autocast, cover_with_windows, day_slice, descend,
+                   fastest_dtype, fit_standardisation, learning_rate, load_checkpoint, load_file,
+                   option, parse, save, setup, tested_folds)
 
 
 @dataclass
@@ -59,25 +61,28 @@ class Options:
     lr: float = option("training", 2e-3, "peak learning rate")
     seeds: int = option("training", 1, "repetitions: other weights, batches, labels", least=1)
     seed: int = option("training", 0, "the first seed")
+    jobs: int = option("training", 1, "runs side by side, each with a share of the cores", least=1)
     device: str = option("training", "", "cuda, cpu …; empty: cuda if there is one")
+    dtype: str = option("training", "auto", "float32, bfloat16, or auto: what is faster here")
     quick: bool = option("training", False, "the same path in under a minute, nothing learned")
 
 
 class LSTMHead(nn.Module):
-    """One LSTM over the days: (B, L, width) -> (B, L)."""
+    """One LSTM over the days: (L, B, width) -> (L, B)."""
 
     def __init__(self, width, dropout, shapes):
         super().__init__()
         self.dropout, self.output = Dropout(dropout), nn.Linear(width, 1)
-        self.lstm = nn.LSTM(width, width, batch_first=True)
+        self.lstm = nn.LSTM(width, width)
 
     def forward(self, x, extra):
-        x, _ = self.lstm(self.dropout(x))                                       # (B, L, width)
-        return self.output(self.dropout(x))[..., 0]
+        x, _ = self.lstm(self.dropout(x))                                       # (L, B, width)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has but three digits
+            return self.output(self.dropout(x.float()))[..., 0]
 
 
 class LinearHead(nn.Module):
-    """Each day by itself: (B, L, width) -> (B, L)."""
+    """Each day by itself: (L, B, width) -> (L, B)."""
 
     def __init__(self, width, dropout, shapes):
         super().__init__()
@@ -107,7 +112,7 @@ class Task:
     models: str = "resconn,lstm"        # variants compared by default
     baseline: str = "lstm"              # the one that the table measures gains against
     inputs: tuple = ("forcing",)        # what the residual path reads
-    head: type = LSTMHead               # head(width, dropout, shapes), forward(x, extra) -> (B, L)
+    head: type = LSTMHead               # head(width, dropout, shapes), forward(x, extra) -> (L, B)
     extra: tuple = ()                   # entries of Sites.extra that forward gets, as a list
     loss: Callable = nn.functional.mse_loss     # of what is learned, with reduction="none"
     standardised: bool = True           # what is learned has mean 0 and deviation 1
@@ -142,7 +147,8 @@ VARIANTS = {
 
 
 ENCODED = ("frozen", "tuned", "random")                     # embeddings that take an encoder
-ELSEWHERE = ("model", "fold", "seed", "seeds", "out", "device", "checkpoint", "allow_overlap")
+ELSEWHERE = ("model", "fold", "seed", "seeds", "out", "device", "jobs", "checkpoint",
+             "allow_overlap")
 
 
 def fill_and_flag(x):
@@ -180,17 +186,26 @@ class Predictor(nn.Module):
 
     def forward(self, e, forcing, static, extra):
         """e (B, L+1, D): E of each day and of the site, or None; inputs standardised, with NaN."""
-        B, L, _ = forcing.shape
-        x = forcing.new_zeros(B, L, self.settings["width"])
+        L, B = forcing.shape[1], len(forcing)               # days first, as an LSTM computes
+        x = []                                              # what is added up: (L, B, width) each
         if e is not None:
-            day, site = self.day_norm(e[:, :-1]), self.site_norm(e[:, -1:])
-            x = x + self.expand(self.gain[0] * day + self.gain[1] * site)       # (B, L, width)
+            e = e.transpose(0, 1)                                               # (L+1, B, D)
+            day, site = self.day_norm(e[:-1]), self.site_norm(e[-1:])
+            x.append(self.expand(self.gain[0] * day + self.gain[1] * site))
         if self.inputs:
-            values = {"forcing": forcing, "static": static[:, None].expand(-1, L, -1)}
+            values = {"forcing": forcing.transpose(0, 1), "static": static.expand(L, B, -1)}
             fill = fill_and_flag if self.flags else torch.nan_to_num
-            r = torch.cat([fill(values[name]) for name in self.inputs], -1)     # (B, L, channels)
-            x = x + self.mix(self.conv(r.mT).mT)                                # (B, L, width)
-        return self.head(x, extra)                                              # (B, L)
+            r = torch.cat([fill(values[name]) for name in self.inputs], -1)     # (L, B, channels)
+            x.append(self.residual(r))
+        x = sum(x) if x else forcing.new_zeros(L, B, self.settings["width"])
+        return self.head(x, extra).T                                            # (B, L)
+
+    def residual(self, r):
+        """linear(conv1d(r)): (L, B, channels) -> (L, B, width); both are linear, so one product."""
+        weight = torch.einsum("oi,ick->okc", self.mix.weight, self.conv.weight).flatten(1)
+        r = nn.functional.pad(r, (0, 0, 0, 0, 1, 1))        # zeros before the first day and after
+        r = torch.cat([r[:-2], r[1:-1], r[2:]], -1)                             # (L, B, 3 channels)
+        return nn.functional.linear(r, weight, self.mix(self.conv.bias))
 
     def predict(self, sites):
         """The target at other sites, in its unit, for every day: (N, T), or for each: (N, 1)."""
@@ -245,7 +260,8 @@ class Samples:
         if not self.model.encoder:
             return None
         windows = self.encoder_windows.get(self.site[i], self.encoder_start[i], self.device)
-        e = self.model.encoder.encode(*windows)
+        with autocast(self.device, self.model.settings["dtype"]):
+            e = self.model.encoder.encode(*windows).float()
         return e if self.length > 1 else torch.stack([e[:, :-1].mean(1), e[:, -1]], 1)
 
     def outputs(self, i):
@@ -253,7 +269,9 @@ class Samples:
         site, names = self.site[i], self.model.task.extra
         forcing, static, *_ = self.head_windows.get(site, self.start[i], self.device)
         extra = [torch.tensor(self.sites.extra[name][site], device=self.device) for name in names]
-        return self.model(self.encode(i), forcing, static, extra)
+        e = self.encode(i)
+        with autocast(self.device, self.model.settings["dtype"]):
+            return self.model(e, forcing, static, extra).float()
 
     @torch.no_grad()
     def predict(self):
@@ -271,7 +289,7 @@ class Samples:
         return inverse(result, self.sites)[self.chosen, self.days]
 
 
-VERSION = 2                                                 # of the saved models' format
+VERSION = 3                                                 # of the saved models' format
 
 
 def load(path):
@@ -381,6 +399,7 @@ def run(o, variant, sites, fold_of, fold, seed):
     settings = dict(
         task=o.task, variant=variant, width=o.width, dropout=o.dropout,
         length=length, warmup=warmup, centre=centre, spread=spread,
+        dtype=o.dtype if length > 1 else "float32",
         config=asdict(encoder.config) if encoder else None, encoder_scaling=scaling,
         forcing_names=sites.dynamic_names, static_names=sites.static_names,
         scaling={"forcing": fit_standardisation(sites.forcing[training, train_days]),
@@ -458,20 +477,40 @@ def main(argv=None, options_class=Options, description=__doc__, defaults=None):
         data.check(name in VARIANTS, f"--model '{name}': expected one of {', '.join(VARIANTS)}")
         data.check(VARIANTS[name].needs in (None, task.head),
                    f"--model {name} is not for {o.task}, which compares {task.models}")
+    if o.dtype == "auto":
+        o.dtype = fastest_dtype(setup(o.device)[2])
     Path(o.out, "runs").mkdir(parents=True, exist_ok=True)  # or fail now, not after training
     if o.quick:
         o.steps, o.batch_size = min(o.steps, 10), 8
-    sites = data.load(o.data, task.target, cache=Path(o.out, "cache"), quick=o.quick)
-    sites = task.prepare(sites, o)
     if o.holdout == "none":
         o.draw = max(o.draw, 0)
+    folds = tested_folds(o) if o.holdout != "none" else [0]     # once, none of them tested
+    work = list(product(variants, range(o.seed, o.seed + o.seeds), folds))
+    if o.jobs == 1:
+        return run_all(o, work)
+    data.load(o.data, task.target, cache=Path(o.out, "cache"), quick=o.quick)   # parsed but once
+    context = multiprocessing.get_context("spawn")
+    jobs = [context.Process(target=run_all, args=(o, work[k::o.jobs])) for k in range(o.jobs)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    data.check(not any(job.exitcode for job in jobs), "a process of --jobs has failed, see above")
+
+
+def run_all(o, work):
+    """Do the runs (variant, seed, fold) that have not been done with these options before."""
+    if o.jobs > 1:
+        torch.set_num_threads(max(os.cpu_count() // o.jobs, 1))
+    task = TASKS[o.task]
+    sites = data.load(o.data, task.target, cache=Path(o.out, "cache"), quick=o.quick)
+    sites = task.prepare(sites, o)
     options = {name: value for name, value in vars(o).items() if name not in ELSEWHERE}
     kinds = "+".join(source.partition(":")[0] for source in o.data.split(","))
     setting = f"{o.task} {kinds} {o.holdout}{o.folds if o.holdout != 'none' else ''}"
     for name in ("reshuffle_folds", "labelled", "missing"):
         setting += f", {name} {getattr(o, name)}" if getattr(o, name) else ""
-    folds = tested_folds(o) if o.holdout != "none" else [0]     # once, none of them tested
-    for seed, fold, variant in product(range(o.seed, o.seed + o.seeds), folds, variants):
+    for variant, seed, fold in work:
         pretraining, network = {}, ""
         if VARIANTS[variant].embedding in ENCODED:
             pretraining, network = pretraining_of(checkpoint_of(o, fold))

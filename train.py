@@ -87,10 +87,8 @@ def train(o, sites):
         step, scaling = saved["step"], saved["scaling"]
     windows = Windows(sites, scaling, o.seq_len, config.dynamic_names, config.static_names)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    if o.dtype == "auto":                                   # kept for --resume
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        fast = config.d_model >= 128 and has_bf16()
-        o.dtype = "bfloat16" if device.type == "cuda" or fast else "float32"
+    if o.dtype == "auto":
+        o.dtype = fastest_dtype(device)                     # kept for --resume
     if rank == 0:
         print(f"{len(training)} sites to train on, {len(validation)} to validate on, "
               f"hold-out {o.holdout}, fold {o.fold} of {o.folds}\n"
@@ -123,7 +121,7 @@ def train(o, sites):
         share = slice(rank * o.batch_size // world, (rank + 1) * o.batch_size // world)
         batch = windows.get(site[share], start[share], device)
         hidden = Masks(*[part[share] for part in hidden])
-        with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
+        with autocast(device, o.dtype):
             errors, counts = wrapped(*batch, hidden=hidden)
         interrupts = interrupted.clone()                    # a signal may arrive after the sum
         if world > 1:
@@ -173,6 +171,17 @@ def configure(o, sites):
                           if group not in left_out))
         data.check(kept[-1], f"--without {o.without} leaves none of {', '.join(names)}")
     return Config(*kept, *map(data.groups, kept), **PRESETS[o.preset] | chosen)
+
+
+def fastest_dtype(device):
+    """bfloat16 on CUDA and on processors that multiply in it, else float32."""
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bfloat16" if device.type == "cuda" or has_bf16() else "float32"
+
+
+def autocast(device, dtype):
+    """The context in which products are taken in bfloat16, if that is the dtype."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def descend(optimizer, loss, lr, clip, where=""):

@@ -17,7 +17,7 @@ from applications import common
 
 
 class AdaptedHead(nn.Module):
-    """An adapter before the LSTM: (B, L, width) -> (B, L)."""
+    """An adapter before the LSTM: (L, B, width) -> (L, B)."""
 
     def __init__(self, adapter, width, dropout, shapes):
         super().__init__()
@@ -25,7 +25,7 @@ class AdaptedHead(nn.Module):
         self.head = finetune.LSTMHead(width, dropout, shapes)
 
     def forward(self, x, extra):
-        return self.head(x + self.adapter(x), extra)                            # (B, L)
+        return self.head(x + self.adapter(x), extra)                            # (L, B)
 
 
 def feedforward(d):
@@ -41,16 +41,16 @@ def gated(d):
 
 
 class Experts(nn.Module):
-    """Mixture of linear experts, softly gated: (B, L, d) -> (B, L, d)."""
+    """Mixture of linear experts, softly gated: (L, B, d) -> (L, B, d)."""
 
     def __init__(self, d, n=4):
         super().__init__()
         self.gate, self.experts = nn.Linear(d, n), nn.Linear(d, n * d)
 
     def forward(self, x):
-        weight = self.gate(x).softmax(-1)                                       # (B, L, n)
-        answers = self.experts(x).unflatten(-1, (-1, x.shape[-1]))              # (B, L, n, d)
-        return (answers * weight[..., None]).sum(-2)                            # (B, L, d)
+        weight = self.gate(x).softmax(-1)                                       # (L, B, n)
+        answers = self.experts(x).unflatten(-1, (-1, x.shape[-1]))              # (L, B, n, d)
+        return (answers * weight[..., None]).sum(-2)                            # (L, B, d)
 
 
 ADAPTERS = {"feedforward": feedforward, "bottleneck": bottleneck, "gated": gated,

@@ -31,7 +31,7 @@ def main(task, description, options_class=finetune.Options, argv=None, without="
 
 
 class MLPHead(nn.Module):
-    """Two layers, for tasks with one value per site: (B, L, width) -> (B, L)."""
+    """Two layers, for tasks with one value per site: (L, B, width) -> (L, B)."""
 
     def __init__(self, width, dropout, shapes):
         super().__init__()
@@ -39,8 +39,8 @@ class MLPHead(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
 
     def forward(self, x, extra):
-        x = self.mlp(self.dropout(x))                                           # (B, L, width)
-        return self.output(self.dropout(x))[..., 0]                             # (B, L)
+        x = self.mlp(self.dropout(x))                                           # (L, B, width)
+        return self.output(self.dropout(x))[..., 0]                             # (L, B)
 
 
 def converge(x, loss, outputs=1, penalty=0.0):

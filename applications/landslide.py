@@ -26,7 +26,7 @@ LABELS = {"TRUE": 1, "1": 1, "FALSE": 0, "0": 0}
 
 
 class PatchHead(nn.Module):
-    """Features of the patch join those of the site: (B, 1, width), [(B, K, H, W)] -> (B, 1)."""
+    """Features of the patch join those of the site: (1, B, width), [(B, K, H, W)] -> (1, B)."""
 
     def __init__(self, width, dropout, shapes):
         super().__init__()
@@ -39,7 +39,7 @@ class PatchHead(nn.Module):
 
     def forward(self, x, extra):
         features = self.cnn(extra[0]).mean((2, 3))                              # (B, width)
-        return self.mlp(x + features[:, None], extra)                           # (B, 1)
+        return self.mlp(x + features, extra)                                    # (1, B)
 
 
 def read_landslide(folder):
