@@ -126,10 +126,12 @@ class Task:
 @dataclass
 class Variant:
     """A network: where E comes from, and what else reaches the head."""
-    embedding: str = "frozen"           # frozen, tuned, random; an entry of Sites.extra; "": no E
+    embedding: str = "frozen"           # of ENCODED; or an entry of Sites.extra; or "": no E
     inputs: tuple = None                # what the residual path reads; None: as the task says
     head: type = None                   # in place of the task's; may begin with another adapter
     needs: type = None                  # the task's head must be this one for the name to be true
+    network: type = None                # in place of Predictor
+    encoder: type = StefaLand           # of its Config: another has no weights to take over
     fit: Callable = None                # in place of fit()
     transform: Callable = None          # in place of the task's, and its inverse
     inverse: Callable = None
@@ -146,7 +148,9 @@ VARIANTS = {
 }
 
 
-ENCODED = ("frozen", "tuned", "random")                     # embeddings that take an encoder
+# embeddings by an encoder: as pretrained, fixed or not; of random weights, trained or not
+ENCODED = ("frozen", "tuned", "random", "untrained")
+FIXED = ("frozen", "untrained")
 ELSEWHERE = ("model", "fold", "seed", "seeds", "out", "device", "jobs", "checkpoint",
              "allow_overlap")
 
@@ -169,8 +173,8 @@ class Predictor(nn.Module):
         self.task, self.variant = TASKS[settings["task"]], VARIANTS[settings["variant"]]
         self.encoder, embedding = encoder, self.variant.embedding
         if settings["config"]:
-            self.encoder = encoder or StefaLand(Config(**settings["config"]))
-            self.encoder.requires_grad_(embedding != "frozen")
+            self.encoder = encoder or self.variant.encoder(Config(**settings["config"]))
+            self.encoder.requires_grad_(embedding not in FIXED)
         if embedding:
             d = self.encoder.config.d_model if self.encoder else shapes[embedding]
             self.day_norm, self.site_norm = nn.LayerNorm(d), nn.LayerNorm(d)
@@ -233,7 +237,7 @@ class Samples:
             if self.length == 1:                            # a value per site: its first year
                 latest = len(sites.dates) - c.max_days
                 self.encoder_start = np.minimum(self.encoder_windows.first, latest)[self.site]
-        if embedding == "frozen":
+        if embedding in FIXED:
             self.encoded = self.encode_once()
         elif embedding and not model.encoder:               # vectors in place of the encoder's E
             data.check(embedding in sites.extra, f"the sites have no {embedding}: {[*sites.extra]}")
@@ -298,7 +302,7 @@ def load(path):
         task, variant = saved["settings"]["task"], saved["settings"]["variant"]
         data.check(task in TASKS and variant in VARIANTS,
                    f"first import the application that defines {task} and {variant}")
-        model = Predictor(saved["settings"])
+        model = (VARIANTS[variant].network or Predictor)(saved["settings"])
         model.load_state_dict(saved["weights"])
         return model.eval()
 
@@ -408,7 +412,8 @@ def run(o, variant, sites, fold_of, fold, seed):
     attributes = apply_standardisation(sites.static[training], settings["scaling"]["static"])
     settings["places"] = dict(latlon=torch.tensor(sites.latlon[training]),      # trained at
                               static=torch.from_numpy(attributes))
-    model = Predictor(settings, None if VARIANTS[variant].embedding == "random" else encoder)
+    pretrained = encoder if VARIANTS[variant].embedding in ("frozen", "tuned") else None
+    model = (VARIANTS[variant].network or Predictor)(settings, pretrained)
     model.to(setup(o.device)[2])
 
     learn = model.variant.fit or fit

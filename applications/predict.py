@@ -20,7 +20,8 @@ import numpy as np
 
 import data
 import finetune
-from applications import adapters, alphaearth, budyko, landslide, soil, soil_moisture  # noqa
+from applications import adapters, alphaearth, budyko, controls, landslide, soil  # noqa
+from applications import soil_moisture  # noqa
 from applications.intervals import Calibration, common_validation
 from train import apply_standardisation, arrange
 

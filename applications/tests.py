@@ -18,10 +18,11 @@ from torch.nn.functional import mse_loss
 import data
 import eval as evaluate
 import finetune
+import model
 import train
-from applications import (adapters, alphaearth, blocks, budyko, common, dynamic_world, embeddings,
-                          figures, height, intervals, landslide, predict, reconstruction, release,
-                          soil_moisture)
+from applications import (adapters, alphaearth, blocks, budyko, common, controls, dynamic_world,
+                          embeddings, figures, height, intervals, landslide, predict,
+                          reconstruction, release, soil_moisture)
 from test_all import (FILES, REAL, archives, checkpoint, close, needs_real_data, out_with_encoder,
                       quick_run, raises, tune)
 
@@ -514,6 +515,51 @@ def test_experts_are_weighted_by_their_gate():
         answer = x @ layer.experts.weight[own].T + layer.experts.bias[own]
         expected = expected + weight[..., k:k + 1] * answer
     close(layer(x), expected)
+
+
+def test_adapters_of_other_networks_do_what_their_names_say():
+    out = out_with_encoder()
+    names = [name for name, variant in finetune.VARIANTS.items()
+             if variant.network and variant.network.__module__ == adapters.__name__]
+    assert names == ["resconn-tenth", "resconn-narrow", "resconn-noise", "resconn-authors"]
+    tune(f"--model {','.join(names)}", out)
+    for name in names:                                      # each is saved and loaded as itself
+        path, = Path(out, "runs").glob(f"*{name},*.pt")
+        again = finetune.load(path)
+        assert type(again) is finetune.VARIANTS[name].network
+        if name == "resconn-narrow":
+            assert np.linalg.matrix_rank(
+                (again.site_norm[2].weight @ again.site_norm[1].weight).detach()) == 8
+        if name == "resconn-noise":
+            x = torch.randn(1, 3, 64)
+            assert torch.equal(again.site_norm(x), again.site_norm[0](x))
+            assert not torch.equal(again.train().site_norm(x), again.site_norm[0](x))
+        if name == "resconn-authors":                       # the attributes matter without E
+            x = torch.randn(2, 9, len(again.settings["forcing_names"]))
+            s, e = torch.randn(2, len(again.settings["static_names"])), torch.zeros(2, 10, 64)
+            assert abs(again(e, x, s, []) - again(e, x, -s, [])).max() > 1e-3
+
+
+def test_controls_take_the_encoders_place():
+    sites = data.load(quick=True)
+    config = model.Config(sites.dynamic_names, sites.static_names)
+    raw, C, S = controls.Inputs(config), len(sites.dynamic_names), len(sites.static_names)
+    forcing, static = torch.randn(2, 7, C), torch.randn(2, S)
+    forcing[1, 3, 2] = nan
+    e = raw.encode(forcing, static, torch.tensor([[40.0, 9], [nan, nan]]), torch.ones(2, 7))
+    assert e.shape == (2, 8, raw.config.d_model)
+    close(e[:, :7, :C], forcing.nan_to_num())
+    assert e[1, 3, C + 2] == 1 and e[..., C:2 * C].sum() == 1 and (e[:, :7, 2 * C + 2:] == 0).all()
+    close(e[:, 7, 2 * C + 2:2 * C + 2 + S], static)
+    assert (e[:, 7, :2 * C + 2] == 0).all()
+    out = out_with_encoder()
+    tune("--model raw,untrained,resconn", out)
+    trained, untrained = (finetune.load(*Path(out, "runs").glob(f"*, {name}, *.pt")).encoder
+                          for name in ("resconn", "untrained"))
+    weights = checkpoint()[1]["model"]
+    assert torch.equal(trained.position, weights["position"])
+    assert not torch.equal(untrained.position, weights["position"])
+    assert not any(p.requires_grad for p in untrained.parameters())
 
 
 def released():

@@ -1,0 +1,52 @@
+"""What does pretraining give, apart from the variables? Controls beside resconn and lstm.
+
+    python train.py && python -m applications.controls --seeds 3            the synthetic world
+    python -m applications.controls --data caravan:DIR --fold all --checkpoint out/pub{fold}/…
+
+raw: in place of E all that the encoder reads, as it is: weather, attributes, place, season.
+untrained: E of an encoder with the random weights that pretraining begins with.
+noresconn: E without the residual path; linear: each day's E by itself.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+
+import finetune
+from applications import common
+from model import spherical_harmonics
+
+
+class Inputs(nn.Module):
+    """In place of the encoder: what it reads, side by side, missing values flagged."""
+
+    def __init__(self, config):
+        super().__init__()
+        n_day, n_static = 2 * len(config.dynamic_names) + 2, 2 * len(config.static_names)
+        self.config = replace(config, d_model=n_day + n_static + (config.degree + 1) ** 2)
+
+    def encode(self, forcing, static, latlon, day_of_year):
+        """As StefaLand.encode: days fill the first columns, and the site, last, the others."""
+        angle = day_of_year[..., None] * (2 * math.pi / 365.25)                 # (B, T, 1)
+        days = torch.cat([finetune.fill_and_flag(forcing), angle.sin(), angle.cos()], -1)
+        place = spherical_harmonics(latlon.nan_to_num(), self.config.degree).to(static.dtype)
+        site = torch.cat([finetune.fill_and_flag(static), place], -1)[:, None]
+        days = nn.functional.pad(days, (0, site.shape[-1]))                     # (B, T, D)
+        site = nn.functional.pad(site, (self.config.d_model - site.shape[-1], 0))
+        return torch.cat([days, site], 1)                                       # (B, T+1, D)
+
+
+finetune.VARIANTS["raw"] = finetune.Variant("untrained", encoder=Inputs)
+finetune.VARIANTS["untrained"] = finetune.Variant("untrained")
+
+
+@dataclass
+class Options(finetune.Options):
+    model: str = finetune.option("model", "resconn,raw,untrained,noresconn,linear,lstm",
+                                 "of finetune.VARIANTS, joined by commas")
+
+
+if __name__ == "__main__":
+    common.main("streamflow", __doc__, Options)
