@@ -8,6 +8,7 @@ import math
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,7 @@ def load_runs(folder):
         if "pretraining" not in about:
             raise ValueError(f"{path} is no run of this version: move it away")
         if len(run["ids"]):                                 # of hold-out none there are no scores
-            runs.append(run | about["options"] | about)
+            runs.append(run | about["options"] | about | {"path": path})
     tell_apart(runs, ("setting",), "options")
     tell_apart(runs, ("setting", "model"), "pretraining")
     result = defaultdict(lambda: defaultdict(list))
@@ -153,11 +154,44 @@ def ensembles(models):
                     for of_fold in folds.values() for run in of_fold)
         fair = runs[0]["draw"] >= 0 or not runs[0]["labelled"]
         if alike and fair and len({run["seed"] for run in runs}) > 1:
-            result[f"{name}, median"] = [
-                of_fold[0] | {"sim": np.median([run["sim"] for run in of_fold], 0), "seed": 0,
-                              "baseline": of_fold[0]["baseline"] + ", median"}
-                for of_fold in folds.values()]
+            result[f"{name}, median"] = [median(of_fold) for of_fold in folds.values()]
+            if " + " in name and runs[0]["draw"] >= 0:      # all of them, or those chosen
+                chosen = [median(best_mixture(of_fold)[0]) for of_fold in folds.values()]
+                result["chosen by validation, median"] = chosen
     return result
+
+
+def median(runs):
+    """One run in place of several of a fold: the median of their predictions."""
+    sim = np.median([run["sim"] for run in runs], 0)
+    return runs[0] | {"sim": sim, "seed": 0, "baseline": runs[0]["baseline"] + ", median"}
+
+
+def common_validation(runs):
+    """obs (n, T) and members (K, n, T) at the validation sites that all members left out."""
+    shared = set.intersection(*[set(run["validation_ids"].tolist()) for run in runs])
+    if not shared:
+        raise ValueError(f"{runs[0]['setting']}: the members have no validation site in common, so "
+                         "nothing to calibrate with: run finetune.py with --draw 0")
+    members = []
+    for run in runs:
+        row = {site: i for i, site in enumerate(run["validation_ids"].tolist())}
+        chosen = [row[site] for site in sorted(shared)]
+        members.append(run["validation_sim"][chosen])
+    return run["validation_obs"][chosen], np.array(members)
+
+
+def best_mixture(runs):
+    """The runs of those kinds of model whose median scores best at the validation sites, on the
+    days of the test; and {kinds: that score} of every mixture. All runs are of one fold."""
+    kinds, tried = sorted({run["model"] for run in runs}), {}
+    for n in range(len(kinds), 0, -1):                      # of equals, the larger mixture
+        for some in combinations(kinds, n):
+            obs, sims = common_validation([run for run in runs if run["model"] in some])
+            scores = SCORINGS[runs[0]["scoring"]](obs, np.median(sims, 0))
+            tried[some] = next(iter(scores.values()))
+    best = max(tried, key=lambda some: np.nan_to_num(tried[some], nan=-np.inf))
+    return [run for run in runs if run["model"] in best], tried
 
 
 def tell_apart(runs, keys, options):

@@ -996,8 +996,26 @@ def test_the_median_of_the_seeds_has_a_row_of_its_own():
     with contextlib.redirect_stdout(io.StringIO()) as text:
         evaluate.main(["--out", out])
     assert text.getvalue().count("gain over lstm, median") == 2
+    tune("--model resconn,lstm --seeds 2 --draw 1", out)    # of the same sites: a choice of them
+    assert sum("chosen by validation, median" in m for m in evaluate.load_runs(out).values()) == 1
     tune("--model lstm --seeds 2 --labelled 20", out)       # of other sites each: no ensemble
-    assert sum("lstm, median" in models for models in evaluate.load_runs(out).values()) == 1
+    assert sum("lstm, median" in models for models in evaluate.load_runs(out).values()) == 2
+
+
+def test_the_best_mixture_is_that_of_the_validation_sites():
+    obs = np.random.default_rng(0).gamma(1.0, 3, (4, 50))
+
+    def run(model, sim):
+        return dict(model=model, scoring="series", setting="x", validation_ids=np.arange(4),
+                    validation_obs=obs, validation_sim=sim)
+    high, low, far = run("high", obs + 1), run("low", obs - 1), run("far", obs[::-1] * 3)
+    chosen, tried = evaluate.best_mixture([high, far, low])
+    assert [run["model"] for run in chosen] == ["high", "low"] and len(tried) == 7
+    assert tried["high", "low"] == 1 > tried["high",] == tried["low",]
+    chosen, _ = evaluate.best_mixture([high, run("high", obs), far])    # all seeds of a kind
+    assert [run["model"] for run in chosen] == ["high", "high"]
+    lost = run("lost", obs * nan)
+    assert evaluate.best_mixture([lost, low])[0] == [low]
 
 
 def test_sign_test_is_exact():

@@ -18,14 +18,19 @@ import finetune
 from applications import common
 
 
-def climatic_mean(sites):
-    """What evaporation leaves of the mean precipitation, mm/d, (N, 1); at least 0.01."""
+def climate(sites):
+    """Mean precipitation and PET of the record, mm/d: (2, N)."""
     for name in ("precipitation", "pet"):
         data.check(name in sites.dynamic_names, f"the sites have no {name}: no climatic mean")
     means = [np.nanmean(forcing, 0) if not np.isnan(forcing).all() else forcing[0]
              for forcing in sites.forcing]
     means = dict(zip(sites.dynamic_names, np.array(means).T))                   # (N,) each
-    p, e = means["precipitation"], means["pet"]
+    return np.array([means["precipitation"], means["pet"]])
+
+
+def climatic_mean(sites):
+    """What evaporation leaves of the mean precipitation, mm/d, (N, 1); at least 0.01."""
+    p, e = climate(sites)
     return np.maximum(p - p * e / np.sqrt(p ** 2 + e ** 2 + 1e-9), 0.01)[:, None]
 
 

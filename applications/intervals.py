@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 
 import data
-from eval import interval_scores, load_runs
+from eval import common_validation, interval_scores, load_runs
 
 SHARES = np.arange(0.05, 1, 0.1)        # the quantiles that stand for the distribution: 5 to 95 %
 
@@ -44,19 +44,6 @@ class Calibration:
         result = [level + np.interp(level, self.levels, offset) for offset in self.offsets.T]
         result = np.sort(result, 0)
         return np.maximum(result, 0) ** 2 if self.root else result
-
-
-def common_validation(runs):
-    """obs (n, T) and members (K, n, T) at the validation sites that all members left out."""
-    shared = set.intersection(*[set(run["validation_ids"].tolist()) for run in runs])
-    members = []
-    for run in runs:
-        row = {site: i for i, site in enumerate(run["validation_ids"].tolist())}
-        chosen = [row[site] for site in sorted(shared)]
-        members.append(run["validation_sim"][chosen])
-    data.check(shared, f"{runs[0]['setting']}: the members have no validation site in common, so "
-                       "nothing to calibrate with: run finetune.py with --draw 0")
-    return run["validation_obs"][chosen], np.array(members)
 
 
 def check_intervals(folder):

@@ -3,8 +3,9 @@
     python finetune.py --holdout none --seeds 3 --data csv:DIR      learn from all sites with data
     python -m applications.predict csv:DIR                          predict all, with data or not
 
-The members of the ensemble are the models saved beside the runs of one setting, both kinds of model
-and all seeds. Their median is the prediction, its 90 % interval that of intervals.py. Writes
+The members of the ensemble are the models saved beside the runs of one setting: all seeds of that
+kind of model, or of those kinds together, whose median is best at the validation sites, which no
+member learned from. Their median is the prediction, its 90 % interval that of intervals.py. Writes
 out/predictions/NAME.npz and, in the folder NAME: sites.csv, for series a csv a site, and with
 matplotlib two pictures. Started twice, it continues.
 """
@@ -22,7 +23,8 @@ import data
 import finetune
 from applications import adapters, alphaearth, budyko, controls, landslide, soil  # noqa
 from applications import soil_moisture  # noqa
-from applications.intervals import Calibration, common_validation
+from applications.intervals import Calibration
+from eval import best_mixture, common_validation
 from train import apply_standardisation, arrange
 
 BATCH = 16                                                  # sites at a time
@@ -81,12 +83,15 @@ def load_members(folder, part):
     runs = []
     for path in paths:
         run = dict(np.load(path))
-        runs.append(run | json.loads(str(run["about"])))
+        runs.append(run | json.loads(str(run["about"])) | {"path": path})
     settings = sorted({f"{run['setting']} {run['options']}" for run in runs})
     data.check(len(settings) == 1 and len({run["fold"] for run in runs}) == 1,
                f"'{part}' fits runs of {len(settings)} settings and several folds: choose by "
                "--runs PART of their names")
-    digest = hashlib.sha256()
+    runs, tried = best_mixture(runs)
+    for kinds, score in sorted(tried.items(), key=lambda item: -item[1]):
+        print(f"at the validation sites {score:.3f}: {' + '.join(kinds)}")
+    digest, paths = hashlib.sha256(), [run["path"] for run in runs]
     for path in paths:
         digest.update(path.with_suffix(".pt").read_bytes())
     return [finetune.load(path.with_suffix(".pt")) for path in paths], runs, digest.hexdigest()

@@ -234,8 +234,12 @@ def test_basins_of_your_own_go_from_nothing_to_predictions():
     command = f"csv:{folder} --out {out}".split()
     predict.main(command)
     where = Path(out, "predictions", f"csv-{folder.name}")
-    members = [finetune.load(path) for path in sorted(Path(out, "runs").glob("*.pt"))]
-    assert len(members) == 4
+    runs = [dict(np.load(path), model=path.name.split(", ")[1], scoring="series", path=path)
+            for path in sorted(Path(out, "runs").glob("*.npz"))]
+    assert len(runs) == 4
+    chosen, tried = evaluate.best_mixture(runs)             # at the validation sites
+    assert len(tried) == 3 and len(chosen) >= 2
+    members = [finetune.load(run["path"].with_suffix(".pt")) for run in chosen]
     loaded = data.load(f"csv:{folder}", cache=None)
     expected = np.median([model.predict(loaded) for model in members], 0)       # (N, T)
     table = data.Table(where / "synthetic_0003.csv", ["date"])
@@ -302,7 +306,7 @@ def test_intervals_are_checked_at_held_out_sites():
     tune("--model lstm --seeds 2 --fold 1", out)
     runs = [run for models in evaluate.load_runs(out).values() for run in models["lstm"]]
     apart = [dict(run, validation_ids=run["validation_ids"] + str(k)) for k, run in enumerate(runs)]
-    raises(ValueError, "run finetune.py with --draw 0", intervals.common_validation, apart)
+    raises(ValueError, "run finetune.py with --draw 0", evaluate.common_validation, apart)
 
 
 def test_flow_is_learned_as_a_share_of_the_climatic_mean():
