@@ -10,6 +10,7 @@ figure, tails.png, in --out.
 """
 
 import argparse
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from applications import budyko, figures, predict
 from eval import load_runs, site_metrics
 from train import Windows
 
-CAUSES = ("aridity", "mean flow, mm/d", "km", "attributes", "embedding")
+CAUSES = ("aridity (PET / P)", "mean flow (mm/d)", "distance (km)", "distance (attributes)",
+          "distance (embedding)")
 
 
 def right_volume(obs, sim):
@@ -113,6 +115,8 @@ def ablate(runs, sites):
 
 def draw(path, causes, of_models):
     """NSE against each circumstance, and its distribution, for every model."""
+    if not importlib.util.find_spec("matplotlib"):
+        return print("no picture: it needs matplotlib")
     figure = figures.new_figure(11, 6.5)
     axes = figure.subplots(2, 3).ravel()
     for k, (name, of_sites) in enumerate(of_models.items()):
@@ -120,6 +124,7 @@ def draw(path, causes, of_models):
         for axis, cause, x in zip(axes, CAUSES, np.array([*causes.values()]).T):
             axis.plot(x, nse, ".", ms=4, alpha=0.6, color=f"C{k}", label=name)
             axis.set(xlabel=cause, xscale="log", ylabel="NSE, at least -1")
+            axis.xaxis.set_minor_formatter("")
         axes[5].plot(np.sort(nse), (np.arange(len(nse)) + 1) / len(nse), color=f"C{k}", label=name)
     axes[5].set(xlabel="NSE, at least -1", ylabel="share of sites below")
     axes[5].legend()
@@ -140,13 +145,16 @@ def main(argv=None):
         if not method:
             continue
         print(f"\n{setting}")
-        sites = data.load(first["data"], first["task"], cache=Path(o.out, "cache"))
+        sites = data.load(first["data"], first["task"], cache=Path(o.out, "cache"),
+                          quick=first["quick"])
         causes = {}
         for run in {run["fold"]: run for run in method}.values():
             model = finetune.load(Path(run["path"]).with_suffix(".pt"))
             causes |= circumstances(sites, model, np.flatnonzero(np.isin(sites.ids, run["ids"])))
         of_models = {name: scores(runs) for name, runs in models.items()
                      if not name.endswith(", median") or "+" in name}
+        causes = {site: values for site, values in causes.items()    # that all have predicted
+                  if all(site in of_sites for of_sites in of_models.values())}
         for name, of_sites in of_models.items():
             summary(name, of_sites)
             nse = np.array([of_sites[site]["nse"] for site in causes])
@@ -154,7 +162,7 @@ def main(argv=None):
                 f"{cause} {rank_correlation(x, nse):+.2f}"
                 for cause, x in zip(CAUSES, np.array([*causes.values()]).T)))
         ablate(method, sites)
-        worst = sorted(of_models["resconn"], key=lambda site: of_models["resconn"][site]["nse"])
+        worst = sorted(causes, key=lambda site: of_models["resconn"][site]["nse"])
         for site in worst[:o.worst]:
             print(f"  {site:<20}" + ", ".join(
                 f"{cause} {x:.3g}" for cause, x in zip(CAUSES, causes[site])))

@@ -22,7 +22,7 @@ import model
 import train
 from applications import (adapters, alphaearth, blocks, budyko, common, controls, dynamic_world,
                           embeddings, figures, height, intervals, landslide, predict,
-                          reconstruction, release, soil_moisture)
+                          reconstruction, release, soil_moisture, tails)
 from test_all import (FILES, REAL, archives, checkpoint, close, needs_real_data, out_with_encoder,
                       quick_run, raises, tune)
 
@@ -330,6 +330,22 @@ def test_flow_is_learned_as_a_share_of_the_climatic_mean():
         assert np.corrcoef(run["sim"].mean(1), mean[test, 0])[0, 1] > 0.9
     dry = data.replace(sites, dynamic_names=("rain", *sites.dynamic_names[1:]))
     raises(ValueError, "no precipitation", budyko.climatic_mean, dry)
+
+
+def test_tails_tell_volume_from_timing_and_take_parts_of_the_embedding_away():
+    obs = np.array([1.0, 5, 2, nan, 4])
+    np.testing.assert_allclose(tails.right_volume(obs, 3 * obs), obs)
+    assert np.isclose(tails.rank_correlation(np.array([1, 2, 9, nan]), np.array([3, 2, 1, 0])), -1)
+    out = out_with_encoder()
+    tune("--model resconn,lstm", out)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        tails.main(f"--out {out} --worst 2".split())
+    text = said.getvalue()
+    assert len(re.findall(r"^ +synthetic_\d+ +aridity", text, re.M)) == 2
+    resconn, nothing, *changed = re.findall(r"^(?:resconn|  without \w+) +(.*)", text, re.M)
+    assert len(changed) == 3 and not {resconn, nothing} & {*changed}
+    values = [float(re.search(r"clipped (\S+)", line)[1]) for line in (resconn, nothing)]
+    assert abs(values[0] - values[1]) < 2e-3                # half precision once more
 
 
 def test_embeddings_are_written_for_every_site():
