@@ -135,6 +135,8 @@ class Variant:
     fit: Callable = None                # in place of fit()
     transform: Callable = None          # in place of the task's, and its inverse
     inverse: Callable = None
+    standardised: bool = None           # in place of the task's
+    weather: Callable = None            # forcing in its units (B, L, C), names -> last in extra
 
 
 TASKS = {"streamflow": Task("streamflow", "mm/d", transform=square_root, inverse=square)}
@@ -273,6 +275,11 @@ class Samples:
         site, names = self.site[i], self.model.task.extra
         forcing, static, *_ = self.head_windows.get(site, self.start[i], self.device)
         extra = [torch.tensor(self.sites.extra[name][site], device=self.device) for name in names]
+        if self.model.variant.weather:                      # for heads that compute in its units
+            day = self.start[i][:, None] + np.arange(self.length)               # (B, L)
+            weather = self.sites.forcing[site[:, None], day]                    # (B, L, C)
+            extra.append(self.model.variant.weather(weather, self.sites.dynamic_names)
+                         .to(self.device))
         e = self.encode(i)
         with autocast(self.device, self.model.settings["dtype"]):
             return self.model(e, forcing, static, extra).float()
@@ -397,7 +404,8 @@ def run(o, variant, sites, fold_of, fold, seed):
                f"windows of {length} days, of which --warmup {warmup} do not count")
     transform = VARIANTS[variant].transform or task.transform
     learned, centre, spread = transform(target, sites), 0.0, 1.0                # (N, T)
-    if task.standardised:
+    standardised = VARIANTS[variant].standardised
+    if task.standardised if standardised is None else standardised:
         known = learned[training, train_days]
         centre, spread = float(np.nanmean(known)), float(np.nanstd(known))
     settings = dict(
