@@ -21,7 +21,7 @@ import numpy as np
 
 import data
 import finetune
-from applications import adapters, alphaearth, budyko, controls, landslide, soil  # noqa
+from applications import adapters, alphaearth, budyko, controls, hybrid, landslide, soil  # noqa
 from applications import soil_moisture  # noqa
 from applications.intervals import Calibration
 from eval import best_mixture, common_validation

@@ -21,7 +21,7 @@ import finetune
 import model
 import train
 from applications import (adapters, alphaearth, blocks, budyko, common, controls, dynamic_world,
-                          embeddings, figures, height, intervals, landslide, predict,
+                          embeddings, figures, height, hybrid, intervals, landslide, predict,
                           reconstruction, release, soil_moisture, tails)
 from test_all import (FILES, REAL, archives, checkpoint, close, needs_real_data, out_with_encoder,
                       quick_run, raises, tune)
@@ -580,6 +580,163 @@ def test_controls_take_the_encoders_place():
     assert torch.equal(trained.position, weights["position"])
     assert not torch.equal(untrained.position, weights["position"])
     assert not any(p.requires_grad for p in untrained.parameters())
+
+
+# hybrid.py
+
+def buckets(days=1096, basins=4, components=3):
+    """Weather of three years with frost and drought, parameters and full stores, in float64."""
+    g = torch.Generator().manual_seed(0)
+    draw = partial(torch.rand, generator=g, dtype=torch.float64)
+    season = torch.cos(2 * np.pi * torch.arange(days) / 365.25)[:, None, None].double()
+    rain = torch.where(draw(days, basins, 1) < 0.3, 20 * draw(days, basins, 1), 0.0)
+    temperature = 5 - 14 * season + 10 * draw(days, basins, 1) - 5
+    weather = rain, temperature, 3 - 2.5 * season + draw(days, basins, 1)
+    fixed = {name: r for name, r in hybrid.PARAMETERS.items() if name not in hybrid.DAILY}
+    daily = {name: hybrid.PARAMETERS[name] for name in hybrid.DAILY}
+    p = hybrid.within(fixed, 4 * draw(1, basins, components, len(fixed)) - 2)
+    p |= hybrid.within(daily, 4 * draw(days, basins, components, len(daily)) - 2)
+    scale = torch.stack([0 * p["k1"] + 30, 0 * p["k1"] + 2, p["capacity"], 0 * p["k1"] + 40,
+                         0 * p["k1"] + 90])[:, 0]                               # (5, B, K)
+    return weather, p, (scale * draw(5, basins, components)).unbind()
+
+
+def test_buckets_lose_no_water():
+    (rain, temperature, pet), p, stores = buckets()
+    some = slice(0, 3 * 365 + 1 - 60)                       # ends in November, with snow
+    flow, evaporation, after = hybrid.hbv(
+        rain[some], temperature[some], pet[some],
+        {name: x[some] if len(x) > 1 else x for name, x in p.items()}, stores)
+    lost = rain[some].sum(0) - evaporation.sum(0) - flow.sum(0) - sum(after) + sum(stores)
+    assert lost.abs().max() < 3e-3 / 10, lost               # mm in nearly three years
+    assert min(x.min() for x in (flow, evaporation, *after)) >= 0
+    assert (evaporation <= pet[some] * 1.001).all() and (after[2] <= p["capacity"][0]).all()
+    assert after[0].max() > 1                               # what lies there has been counted
+    assert all(x.sum() > 0.05 * rain[some].sum() for x in (flow, evaporation))
+
+
+def test_buckets_equal_hbv_written_with_numbers():
+    (rain, temperature, pet), p, stores = buckets(730, 2, 2)
+    flow, evaporation, after = hybrid.hbv(rain, temperature, pet, p, stores)
+    b, k = 1, 0                                             # a basin and one of its components
+    snow, water, soil, upper, lower = (float(x[b, k]) for x in stores)
+    for day in range(730):
+        P, T, E = (float(x[day, b, 0]) for x in (rain, temperature, pet))
+        c = {name: float(x[day if len(x) > 1 else 0, b, k]) for name, x in p.items()}
+        above = T - c["threshold"]
+        melt = freeze = 0.0
+        if above > 0:
+            melt = min(c["degree_day"] * above, snow)
+        else:
+            snow += P
+            freeze = min(-c["refreezing"] * c["degree_day"] * above, water)
+        snow, water = snow + freeze - melt, water + melt - freeze
+        outflow = max(water - c["retention"] * snow, 0)
+        water -= outflow
+        inflow = outflow + (P if above > 0 else 0)
+        recharge = inflow * (soil / c["capacity"]) ** c["beta"]
+        soil += inflow - recharge
+        excess = max(soil - c["capacity"], 0)
+        soil -= excess
+        wetness = soil / (c["limit"] * c["capacity"])
+        actual = min(E * min(wetness, 1) ** c["shape"], soil)
+        soil -= actual
+        upper += recharge + excess
+        percolation = min(upper, c["percolation"])
+        upper, lower = upper - percolation, lower + percolation
+        q0 = c["k0"] * max(upper - c["overflow"], 0)
+        q1 = c["k1"] * (upper - q0)
+        q2 = c["k2"] * lower
+        upper, lower = upper - q0 - q1, lower - q2
+        close(flow[day, b, k], torch.tensor(q0 + q1 + q2), atol=0.01)
+        close(evaporation[day, b, k], torch.tensor(actual), atol=0.01)
+    close(torch.stack(after)[:, b, k], torch.tensor([snow, water, soil, upper, lower]), atol=0.1)
+
+
+def test_every_parameter_of_the_buckets_and_every_weight_has_a_gradient():
+    weather, p, stores = buckets(365)
+    p["overflow"] = p["overflow"] / 20                      # often enough, in every component
+    stores[2][0] = 0                                        # a soil without water
+    p = {name: x.requires_grad_() for name, x in p.items()}
+    stores = [x.requires_grad_() for x in stores]
+    hybrid.hbv(*weather, p, stores)[0].square().sum().backward()
+    for name, x in [*p.items(), *zip(hybrid.STORES, stores)]:
+        assert (x.grad.abs().amax((0, 1)) > 0).all(), name
+        assert x.grad.isfinite().all(), name
+    torch.manual_seed(0)
+    head = hybrid.HBVHead(16, 0.0, {})
+    extra = [torch.cat(weather, -1).transpose(0, 1).float()]                    # (B, L, 3)
+    y = head(torch.randn(365, 4, 16), extra)
+    assert y.shape == (365, 4)
+    y.square().sum().backward()
+    assert all((weight.grad != 0).any() for weight in head.parameters())
+    with mock.patch.object(hybrid, "hbv", lambda *inputs: [0 * inputs[3]["beta"]]):
+        head(torch.randn(365, 4, 16), extra).sum().backward()       # where nothing flows
+    assert all(weight.grad.isfinite().all() for weight in head.parameters())
+
+
+def test_routing_delays_flow_by_a_gamma_function():
+    flow = torch.zeros(60, 2, dtype=torch.float64)
+    flow[10, 0] = flow[5, 1] = 1
+    a, b = torch.tensor([2.0, 1.0]).double(), torch.tensor([1.5, 0.7]).double()
+    routed = hybrid.route(flow, a, b)
+    t = np.arange(15) + 0.5
+    for basin, day in ((0, 10), (1, 5)):
+        share = t ** (a[basin].item() - 1) * np.exp(-t / b[basin].item())
+        close(routed[day:day + 15, basin], torch.from_numpy(share / share.sum()))
+    close(routed.sum(0), torch.ones(2))                     # none before, none lost
+
+
+def test_buckets_get_the_weather_of_their_days_in_its_units():
+    seen = {}
+
+    def change(sites):
+        seen["sites"] = sites
+        return sites
+
+    def spy(precipitation, temperature, pet, parameters, stores):
+        seen["weather"] = torch.cat([precipitation, temperature, pet], -1)      # (L, B, 3)
+        return hbv(precipitation, temperature, pet, parameters, stores)
+    hbv = hybrid.hbv
+    with mock.patch.object(hybrid, "hbv", spy):
+        quick_run("lstm-hbv", change, steps=1)
+    sites = seen["sites"]
+    p, tmax, tmin, e = (sites.forcing[..., sites.dynamic_names.index(name)]
+                        for name in ("precipitation", "tmax", "tmin", "pet"))
+    for basin in seen["weather"].unbind(1):                 # the last prediction's windows
+        fits = [np.flatnonzero(np.isclose(p[site, :-364], basin[0, 0].item()))
+                for site in range(len(p))]
+        windows = [(site, day) for site, days in enumerate(fits) for day in days
+                   if np.allclose(p[site, day:day + 365], basin[:, 0], atol=1e-4)]
+        (site, day), = windows
+        own = slice(day, day + 365)
+        np.testing.assert_allclose(basin[:, 1], (tmax + tmin)[site, own] / 2, atol=1e-3)
+        np.testing.assert_allclose(basin[:, 2], e[site, own], atol=1e-4)
+
+
+def test_gaps_of_the_weather_are_filled_and_a_missing_variable_named():
+    forcing = np.array([[[1, 5, 0], [nan, 7, 0], [3, nan, 0]], [[0, 1, nan]] * 3], "f4")
+    filled = hybrid.weather(forcing, ("precipitation", "temperature", "pet"))
+    close(filled, torch.tensor([[[1.0, 5, 0], [2, 7, 0], [3, 6, 0]], [[0, 1, 0]] * 3]))
+    raises(ValueError, "the sites have no pet", hybrid.weather, forcing,
+           ("precipitation", "temperature", "humidity"))
+
+
+def test_buckets_learn_and_predict_flow():
+    out, sites = out_with_encoder(), data.load(quick=True)
+    tune("--model resconn-hbv,lstm-hbv", out)
+    models, = evaluate.load_runs(out).values()
+    assert {*models} == {"resconn-hbv", "lstm-hbv"}
+    for path in Path(out, "runs").glob("*.pt"):
+        run, = models[path.name.split(", ")[1]]
+        assert np.isfinite(run["sim"]).all() and run["sim"].min() >= 0
+        test, days = np.isin(sites.ids, run["ids"]), len(run["dates"])
+        again = finetune.load(path).predict(sites)[test, -days:]
+        assert np.corrcoef(again.ravel(), run["sim"].ravel())[0, 1] > 0.98
+        ratio = run["sim"].sum() / run["obs"].sum()         # mm/d, not standardised
+        assert 0.3 < ratio < 3, ratio
+    before, after = (quick_run("lstm-hbv", steps=steps, lr=1e-2)["validation"] for steps in (1, 30))
+    assert after > before + 0.02, (before, after)
 
 
 def released():
