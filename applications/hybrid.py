@@ -169,7 +169,7 @@ class HBVHead(nn.Module):
 for name in ("resconn", "lstm"):
     finetune.VARIANTS[f"{name}-hbv"] = replace(
         finetune.VARIANTS[name], head=HBVHead, weather=weather, standardised=False,
-        needs=finetune.LSTMHead)
+        transform=finetune.square_root, inverse=finetune.square, needs=finetune.LSTMHead)
 
 
 @dataclass
