@@ -6,6 +6,7 @@
 raw: in place of E all that the encoder reads, as it is: weather, attributes, place, season.
 untrained: E of an encoder with the random weights that pretraining begins with.
 noresconn: E without the residual path; linear: each day's E by itself.
+lstm-hiding: lstm that in training had groups of attributes hidden, as the encoder had.
 """
 
 import math
@@ -14,9 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 
+import data
 import finetune
 from applications import common
-from model import spherical_harmonics
+from model import draw_groups, spherical_harmonics
 
 
 class Inputs(nn.Module):
@@ -38,13 +40,25 @@ class Inputs(nn.Module):
         return torch.cat([days, site], 1)                                       # (B, T+1, D)
 
 
+class HidingPredictor(finetune.Predictor):
+    """In training each group of attributes of a window is hidden with the chance of 0.3."""
+
+    def forward(self, e, forcing, static, extra):
+        if self.training:
+            groups = data.groups(self.settings["static_names"])
+            hidden = draw_groups(groups, 0.3, torch.rand, len(static))          # (B, S)
+            static = static.masked_fill(hidden.to(static.device), math.nan)
+        return super().forward(e, forcing, static, extra)
+
+
+finetune.VARIANTS["lstm-hiding"] = replace(finetune.VARIANTS["lstm"], network=HidingPredictor)
 finetune.VARIANTS["raw"] = finetune.Variant("untrained", encoder=Inputs)
 finetune.VARIANTS["untrained"] = finetune.Variant("untrained")
 
 
 @dataclass
 class Options(finetune.Options):
-    model: str = finetune.option("model", "resconn,raw,untrained,noresconn,linear,lstm",
+    model: str = finetune.option("model", "resconn,raw,untrained,noresconn,linear,lstm,lstm-hiding",
                                  "of finetune.VARIANTS, joined by commas")
 
 

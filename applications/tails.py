@@ -4,9 +4,9 @@
 
 For every setting of the runs and each model, the median over its seeds: how many sites fail (NSE
 below 0), how many of them only by their volume, and how NSE goes with aridity, flow, and distance
-to the training sites: in place, in attributes, in the embedding. For resconn, what happens if at
-the test sites the days' tokens, the site's, or the location are taken away. With matplotlib: a
-figure, tails.png, in --out.
+to the training sites: in place, in attributes, in the embedding. Then what happens if the test
+sites lack a part of their attributes or, for models with an encoder, if the days' tokens, the
+site's, or the location are taken away. With matplotlib: a figure, tails.png, in --out.
 """
 
 import argparse
@@ -25,6 +25,9 @@ from train import Windows
 
 CAUSES = ("aridity (PET / P)", "mean flow (mm/d)", "distance (km)", "distance (attributes)",
           "distance (embedding)")
+PARTS = ("days", "site", "location")                        # of a frozen encoder's embedding
+SHARES = {"a quarter of the attributes": 0.25, "half of the attributes": 0.5,
+          "three quarters of the attributes": 0.75}
 
 
 def right_volume(obs, sim):
@@ -71,9 +74,13 @@ def circumstances(sites, model, tested):
 
 
 def without(part, model, sites, tested, days):
-    """Predictions (n, T) for the sites `tested` once `part` of the embedding says nothing."""
+    """Predictions (n, T) for the sites `tested` once `part`, of PARTS or SHARES, says nothing."""
     if part == "location":
         sites = replace(sites, latlon=np.full_like(sites.latlon, np.nan))
+    if part in SHARES:
+        static, rng = np.array(sites.static), np.random.default_rng(0)
+        static[tested] = data.hide_groups(static[tested], sites.static_names, SHARES[part], rng)
+        sites = replace(sites, static=static)
     samples = finetune.Samples(model, sites, tested, days)
     if part == "site":                                      # the same for all: their mean
         samples.encoded[:, -1] = samples.encoded[:, -1].float().mean(0).half()
@@ -93,15 +100,16 @@ def summary(name, of_sites):
     nse, mended, bias = (np.array([scored[key] for scored in of_sites.values()])
                          for key in ("nse", "right volume", "pbias"))
     worst = np.sort(nse.clip(-1, 1))[:max(round(0.1 * len(nse)), 1)]
-    print(f"{name:<26} median NSE {np.median(nse):.3f}  clipped {nse.clip(-1, 1).mean():.3f}  "
+    print(f"{name:<44} median NSE {np.median(nse):.3f}  clipped {nse.clip(-1, 1).mean():.3f}  "
           f"below 0: {(nse < 0).sum()} of {len(nse)}, worst tenth {worst.mean():.3f}, "
           f"|bias| {np.median(abs(bias)):.1f} %; with the right volume: clipped "
           f"{mended.clip(-1, 1).mean():.3f}, below 0: {(mended < 0).sum()}", flush=True)
 
 
 def ablate(runs, sites):
-    """Print how runs with a frozen embedding do without a part of it."""
-    for part in ("nothing", "days", "site", "location"):
+    """Print how the runs of one model do where a part of what it reads is not known."""
+    frozen = finetune.VARIANTS[runs[0]["model"]].embedding == "frozen"
+    for part in [*SHARES, *PARTS] if frozen else SHARES:
         changed = []
         for run in runs:
             model = finetune.load(Path(run["path"]).with_suffix(".pt"))
@@ -161,7 +169,8 @@ def main(argv=None):
             print("  rank correlation of NSE with " + ", ".join(
                 f"{cause} {rank_correlation(x, nse):+.2f}"
                 for cause, x in zip(CAUSES, np.array([*causes.values()]).T)))
-        ablate(method, sites)
+            if not name.endswith("median"):
+                ablate(models[name], sites)
         worst = sorted(causes, key=lambda site: of_models["resconn"][site]["nse"])
         for site in worst[:o.worst]:
             print(f"  {site:<20}" + ", ".join(

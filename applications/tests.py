@@ -342,10 +342,13 @@ def test_tails_tell_volume_from_timing_and_take_parts_of_the_embedding_away():
         tails.main(f"--out {out} --worst 2".split())
     text = said.getvalue()
     assert len(re.findall(r"^ +synthetic_\d+ +aridity", text, re.M)) == 2
-    resconn, nothing, *changed = re.findall(r"^(?:resconn|  without \w+) +(.*)", text, re.M)
-    assert len(changed) == 3 and not {resconn, nothing} & {*changed}
-    values = [float(re.search(r"clipped (\S+)", line)[1]) for line in (resconn, nothing)]
-    assert abs(values[0] - values[1]) < 2e-3                # half precision once more
+    lines = re.findall(r"^(?:lstm|resconn|  without [\w ]+?)  +(.*)", text, re.M)
+    assert len(lines) == len({*lines}) == 4 + 7
+    run, = evaluate.load_runs(out)["streamflow synthetic pub5"]["resconn"]
+    model, sites = finetune.load(run["path"].with_suffix(".pt")), data.load(quick=True)
+    tested = np.flatnonzero(np.isin(sites.ids, run["ids"]))
+    same = tails.without("", model, sites, tested, slice(-len(run["dates"]) + 1096, 1096))
+    np.testing.assert_allclose(same, run["sim"], atol=1e-2)
 
 
 def test_embeddings_are_written_for_every_site():
@@ -580,6 +583,15 @@ def test_controls_take_the_encoders_place():
     assert torch.equal(trained.position, weights["position"])
     assert not torch.equal(untrained.position, weights["position"])
     assert not any(p.requires_grad for p in untrained.parameters())
+    tune("--model lstm-hiding", out)
+    path, = Path(out, "runs").glob("*lstm-hiding*.pt")
+    hiding = finetune.load(path)
+    with mock.patch.object(finetune.Predictor, "forward", lambda self, e, x, s, extra: s):
+        assert torch.equal(hiding(None, None, torch.ones(50, S), []), torch.ones(50, S))
+        hidden = hiding.train()(None, None, torch.ones(500, S), []).isnan()
+    assert abs(hidden.float().mean() - 0.3) < 0.05
+    clay, sand = (sites.static_names.index(name) for name in ("clay", "sand"))
+    assert torch.equal(hidden[:, clay], hidden[:, sand])    # whole groups
 
 
 # hybrid.py
