@@ -5,6 +5,7 @@ Real data: $MINSTEFALAND_REAL, or ../shared/real; tests that need it skip where 
 
 import contextlib
 import io
+import multiprocessing
 import os
 import re
 import subprocess
@@ -1066,14 +1067,32 @@ def test_the_table_says_which_runs_have_seen_test_sites():
     raises(ValueError, "older.npz is no run of this version", evaluate.main, ["--out", out])
 
 
-if __name__ == "__main__":
-    import test_all                         # this file as a module, which the other one imports
-    from applications import tests
-    chosen, parts = [], sys.argv[1:] or [""]
-    for name, test in [*vars(test_all).items(), *vars(tests).items()]:
-        if name.startswith("test_") and any(part in name for part in parts) and callable(test):
-            chosen.append(unittest.FunctionTestCase(test, description=name))
-    result = unittest.TextTestRunner(verbosity=2).run(unittest.TestSuite(chosen))
+def everything():
+    """{name: test}, of this file and of applications/tests.py."""
+    from applications import tests                          # which imports this file
+    named = {**globals(), **vars(tests)}
+    return {name: test for name, test in named.items() if name.startswith("test_")}
+
+
+def run_one(name):
+    """Run a test by its name: number of failures and of skips, and the text to show."""
+    case, text = unittest.FunctionTestCase(everything()[name], description=name), io.StringIO()
+    with contextlib.redirect_stdout(text):
+        result = unittest.TextTestRunner(stream=text).run(case)
     failed, skipped = len(result.failures + result.errors), len(result.skipped)
+    word = "FAILED" if failed else f"skipped, {result.skipped[0][1]}" if skipped else "ok"
+    return failed, skipped, f"{name} ... {word}\n" + text.getvalue() * failed
+
+
+if __name__ == "__main__":
+    import test_all                         # this file as a module, which the others import
+    os.environ["OMP_NUM_THREADS"] = "1"     # of the processes, one for each core
+    parts = sys.argv[1:] or [""]
+    chosen = [name for name in test_all.everything() if any(part in name for part in parts)]
+    failed = skipped = 0
+    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), 8)) as pool:
+        for failure, skip, text in pool.imap(test_all.run_one, chosen):
+            print(text, end="", flush=True)
+            failed, skipped = failed + failure, skipped + skip
     print(f"{len(chosen) - failed - skipped} passed, {failed} failed, {skipped} skipped")
     sys.exit(failed > 0)

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import re
-import subprocess
+import runpy
 import sys
 from functools import partial
 from pathlib import Path
@@ -191,12 +191,16 @@ def test_the_scores_shown_are_the_tasks():
     assert said.getvalue().count("rmse") == 4 and "kge" not in said.getvalue()  # and ubrmse
 
 
+@mock.patch.dict(data.READERS)                              # what they register is forgotten
+@mock.patch.dict(finetune.TASKS)
+@mock.patch.dict(finetune.VARIANTS)
 def test_every_application_explains_its_options():
     for path in sorted(Path(common.__file__).parent.glob("[a-z]*.py")):
         if path.stem not in ("common", "blocks", "tests"):
-            done = subprocess.run([sys.executable, "-m", f"applications.{path.stem}", "--help"],
-                                  text=True, capture_output=True, cwd=path.parents[1])
-            assert done.returncode == 0 and "usage" in done.stdout, (path, done.stderr)
+            with (mock.patch.object(sys, "argv", [str(path), "--help"]),
+                  contextlib.redirect_stdout(io.StringIO()) as said):
+                raises(SystemExit, "^0$", runpy.run_path, str(path), run_name="__main__")
+            assert "usage" in said.getvalue(), path
 
 
 def test_an_application_pretrains_with_its_readers():
