@@ -7,6 +7,7 @@ Axes: N sites, T days, C dynamic variables, S static attributes.
 """
 
 import csv
+import functools
 import hashlib
 import os
 import re
@@ -322,8 +323,9 @@ def assemble(records, target):
         for j, name in enumerate([*dynamic_names, target]):                     # the target is last
             if name in record.series:
                 days, values = record.series[name]
-                check(len(np.unique(days)) == len(days), f"{place} has the same date twice")
-                daily[i, (days - dates[0]).astype(int), j] = values
+                day = (days - dates[0]).astype(int)
+                check(np.bincount(day).max() == 1, f"{place} has the same date twice")
+                daily[i, day, j] = values
         check_units(place, static_names, static[i])
         check_units(place, dynamic_names, daily[i, :, :-1])
         if target == "streamflow" and target in record.series:
@@ -526,19 +528,17 @@ class Table:
 
     def numbers(self, name):
         """(n,) float32; empty, NA, NULL and -999 = NaN."""
-        values = np.array([number(text) for text in self.columns[name]])
+        # a daily column repeats its texts: each is read once
+        values = np.array([*map(functools.cache(number), self.columns[name])])
         self.refuse(name, self.columns[name], abs(values) > 3.4e38)
         return np.where(values < -998, np.nan, values).astype(np.float32)
 
     def dates(self):
         """(n,) datetime64[D], from date (2000-01-31 or 2000/01/31) or from year, mnth, day."""
-        fields = self.columns.get("date")
-        if fields is None:
-            parts = zip(self.columns["year"], self.columns["mnth"], self.columns["day"])
-            fields = [f"{year}-{month:0>2}-{day:0>2}" for year, month, day in parts]
-        days = [DAYS.get(text.replace("/", "-")) for text in fields]
-        self.refuse("date", fields, [day is None for day in days])
-        return np.array(days, "datetime64[D]")
+        names = ["date"] if "date" in self.columns else ["year", "mnth", "day"]
+        fields, days = parse_dates(*[self.columns[name] for name in names])
+        self.refuse("date", fields, np.isnat(days))
+        return days
 
     def refuse(self, name, fields, bad):
         """ValueError for the first field that is bad."""
@@ -558,6 +558,15 @@ def number(text):
         return float(text or "nan")
     except ValueError:
         return np.nan if text in ("NA", "NULL") else np.inf
+
+
+@functools.lru_cache(8)                     # many gauges of an archive have the same dates
+def parse_dates(*columns):
+    """Texts of dates, or of years, months and days -> the dates: (n,) texts and datetime64[D]."""
+    fields = columns[0]
+    if len(columns) == 3:
+        fields = [f"{year}-{month:0>2}-{day:0>2}" for year, month, day in zip(*columns)]
+    return fields, np.array([DAYS.get(text.replace("/", "-")) for text in fields], "datetime64[D]")
 
 
 # every date that a table may hold, by its text
