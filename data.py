@@ -503,24 +503,31 @@ class Table:
 
     def __init__(self, path, required=(), delimiter=",", header=None, lines=slice(0, None)):
         self.path = path
-        text = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[lines]
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        rows = text.splitlines()[lines]
+        if delimiter and ('"' in text or " " in text):
+            rows = csv.reader(rows, delimiter=delimiter, skipinitialspace=True)
+        else:                                   # nothing that only csv understands: split is faster
+            rows = (row.split(delimiter) if row else [] for row in rows)
+        fields, counts = [], {}                 # one flat list: many small ones would be slow
         try:
-            rows = csv.reader(text, delimiter=delimiter or " ", skipinitialspace=True)
-            rows = [line.split() for line in text] if delimiter is None else list(rows)
+            for line, row in enumerate(rows, lines.start + 1):
+                if row and header is None:
+                    header = [name.strip().lower() for name in row]
+                elif row:
+                    fields += row
+                    counts[line] = len(row)
         except csv.Error as error:
             raise ValueError(f"{path}: {error}") from None
-        numbered = [(line, row) for line, row in enumerate(rows, lines.start + 1) if row]
-        if header is None and numbered:
-            header = [name.strip().lower() for name in numbered.pop(0)[1]]
-        check(numbered, f"{path}: no rows below the header")
+        check(fields, f"{path}: no rows below the header")
         check(len(set(header)) == len(header), f"{path}: a column twice in {header}")
-        for line, row in numbered:
-            check(len(row) == len(header),
-                  f"{path}, line {line}: {len(row)} fields, expected {len(header)}")
+        for line, count in counts.items():
+            if count != len(header):
+                raise ValueError(f"{path}, line {line}: {count} fields, expected {len(header)}")
         absent = sorted(set(required) - set(header))
         check(not absent, f"{path}: no column {', '.join(absent)} among {', '.join(header)}")
-        self.lines, rows = zip(*numbered)
-        self.columns = dict(zip(header, zip(*rows)))
+        self.lines = list(counts)
+        self.columns = {name: tuple(fields[i::len(header)]) for i, name in enumerate(header)}
 
     def is_numeric(self, name):
         """Whether each field of a column is a number or missing."""

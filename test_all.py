@@ -374,11 +374,12 @@ def test_archives_are_parsed_once_until_a_file_changes():
     raises(ValueError, "is damaged, delete it", data.load, spec, cache=cache)
 
 
-def test_line_ends_blank_lines_and_byte_order_marks_change_nothing():
+def test_line_ends_blanks_quotes_and_byte_order_marks_change_nothing():
     folder = archives()
     spec = "caravan:{0},camels:{0},csv:{0}"
     whole = vars(data.load(spec.format(folder), cache=None))
-    for old, new in ((r"\A", "\ufeff"), (r"\n", "\r\n"), (r"\Z", "\n\n")):
+    for old, new in ((r"\A", "\ufeff"), (r"\n", "\r\n"), (r"\Z", "\n\n"), (",", ", "),
+                     ("(2000-01-..)", r'"\1"')):
         changed = vars(data.load(spec.format(archives(old, new)), cache=None))
         np.testing.assert_equal(changed, whole)
 
