@@ -324,7 +324,7 @@ def assemble(records, target):
             if name in record.series:
                 days, values = record.series[name]
                 day = (days - dates[0]).astype(int)
-                check(np.bincount(day).max() == 1, f"{place} has the same date twice")
+                check(np.bincount(day, minlength=1).max() <= 1, f"{place} has the same date twice")
                 daily[i, day, j] = values
         check_units(place, static_names, static[i])
         check_units(place, dynamic_names, daily[i, :, :-1])
@@ -397,7 +397,7 @@ def read_camels(folder):
               f"{path}, lines 1 to 3: latitude, elevation in m and basin area in m2 are {head}")
         lat, elevation, area = head
         static = {"elevation": elevation, "area": area / 1e6} | attributes.get(basin, {})
-        table = Table(path, ["mnth", "dayl(s)", "srad(w/m2)"], None, lines=slice(3, None))
+        table = Table(path, ["year", "mnth", "day", "dayl(s)", "srad(w/m2)"], None, lines=slice(3, None))
         series = read_series(table, lat)
         if basin in flows:
             table = Table(flows[basin], [], None, ["id", "year", "mnth", "day", "flow", "flag"])
