@@ -397,7 +397,8 @@ def read_camels(folder):
               f"{path}, lines 1 to 3: latitude, elevation in m and basin area in m2 are {head}")
         lat, elevation, area = head
         static = {"elevation": elevation, "area": area / 1e6} | attributes.get(basin, {})
-        table = Table(path, ["year", "mnth", "day", "dayl(s)", "srad(w/m2)"], None, lines=slice(3, None))
+        columns = ["year", "mnth", "day", "dayl(s)", "srad(w/m2)"]
+        table = Table(path, columns, None, lines=slice(3, None))
         series = read_series(table, lat)
         if basin in flows:
             table = Table(flows[basin], [], None, ["id", "year", "mnth", "day", "flow", "flag"])
