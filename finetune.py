@@ -55,6 +55,8 @@ class Options:
     checkpoint: str = option("model", "", "pretrained weights, {fold} = the fold; empty: in --out")
     width: int = option("model", 64, "hidden width of head and baseline", least=1)
     dropout: float = option("model", 0.2, "before the head and before its output")
+    bound: float = option("model", np.inf, "attributes reach the residual path and a baseline as "
+                          "no more than this many standard deviations from their mean")
     warmup: int = option("model", 120, "first days of a window that are not scored")
     steps: int = option("training", 600, "optimiser steps", least=1)
     batch_size: int = option("training", 32, "windows per step", least=1)
@@ -118,6 +120,7 @@ class Task:
     standardised: bool = True           # what is learned has mean 0 and deviation 1
     transform: Callable = unchanged     # target (N, T), sites -> what is learned, (N, T)
     inverse: Callable = unchanged       # and back
+    fit: Callable = None                # in place of fit(), but for variants that have their own
     scoring: str = "series"             # of eval.SCORINGS; by the first score the best is kept
     shown: tuple = ()                   # the scores that are printed; empty: all
     prepare: Callable = unchanged       # loaded sites, options (None: in predict) -> sites
@@ -231,6 +234,7 @@ class Samples:
         self.site, self.start = np.repeat(chosen, len(starts)), np.tile(starts, len(chosen))  # (n,)
         self.head_windows = Windows(
             sites, s["scaling"], s["length"], s["forcing_names"], s["static_names"])
+        self.head_windows.static.clamp_(-s["bound"], s["bound"])    # a rare class is far out
         self.encoded = None
         if model.encoder:
             c, self.encoder_start = model.encoder.config, self.start
@@ -409,7 +413,7 @@ def run(o, variant, sites, fold_of, fold, seed):
         known = learned[training, train_days]
         centre, spread = float(np.nanmean(known)), float(np.nanstd(known))
     settings = dict(
-        task=o.task, variant=variant, width=o.width, dropout=o.dropout,
+        task=o.task, variant=variant, width=o.width, dropout=o.dropout, bound=o.bound,
         length=length, warmup=warmup, centre=centre, spread=spread,
         dtype=o.dtype if length > 1 else "float32",
         config=asdict(encoder.config) if encoder else None, encoder_scaling=scaling,
@@ -424,7 +428,7 @@ def run(o, variant, sites, fold_of, fold, seed):
     model = (VARIANTS[variant].network or Predictor)(settings, pretrained)
     model.to(setup(o.device)[2])
 
-    learn = model.variant.fit or fit
+    learn = model.variant.fit or task.fit or fit
     best = learn(model, o, Samples(model, sites, training, train_days),
                  Samples(model, sites, validation, train_days), learned, rng)
     arrays = dict(dates=sites.dates[test_days], overlap=overlap, validation=best)

@@ -10,6 +10,7 @@ of single days suits sites without weather. csv:DIR may be nothing but a sites.c
 is hidden from the models, and an encoder pretrained by `train` here does not know of it either.
 """
 
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -71,12 +72,39 @@ def read_gauges(folder):
           f"out, known by half of the attributes at most, and {len(known_well) - len(seen)} twice")
 
 
+@dataclass
+class Options(finetune.Options):
+    hide: float = finetune.option("training", 0.0, "share of attribute groups hidden at training "
+                                  "sites, others at every step, as in pretraining")
+
+
+COPIES = 8                              # of the training sites, one complete
+
+
+def fit_with_hidden_groups(model, o, samples, validation, learned, rng):
+    """finetune.fit, each batch from one of several copies of the sites that miss other groups.
+
+    No attribute can then be relied on everywhere: the networks' answer to the random choice of
+    attributes at each split of a random forest (doi 10.1023/A:1010933404324).
+    """
+    sites, chance = samples.sites, getattr(o, "hide", 0)    # Options may be alphaearth.py's
+    if chance:
+        copies = [samples.outputs]
+        for _ in range(COPIES - 1):
+            static = data.hide_groups(sites.static, sites.static_names, chance, rng)
+            hidden = replace(sites, static=static)
+            copy = finetune.Samples(model, hidden, samples.chosen, samples.days)
+            copies.append(copy.outputs)
+        samples.outputs = lambda i: copies[rng.integers(COPIES)](i)
+    return finetune.fit(model, o, samples, validation, learned, rng)
+
+
 data.READERS |= {"wosis": read_wosis, "gauges": read_gauges}
 for part in TEXTURE:
     finetune.TASKS[part] = finetune.Task(
         part, "%", models="resconn,mlp,glm", baseline="mlp", inputs=("static",),
-        head=common.MLPHead, scoring="value",
+        head=common.MLPHead, fit=fit_with_hidden_groups, scoring="value",
         prepare=partial(common.attribute_as_target, part))
 
 if __name__ == "__main__":
-    common.main("clay", __doc__, without="soil")
+    common.main("clay", __doc__, Options, without="soil")

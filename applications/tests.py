@@ -5,6 +5,7 @@ import io
 import re
 import runpy
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -22,7 +23,7 @@ import model
 import train
 from applications import (adapters, alphaearth, blocks, budyko, common, controls, dynamic_world,
                           embeddings, figures, height, hybrid, intervals, landslide, predict,
-                          reconstruction, release, soil_moisture, tails)
+                          reconstruction, release, soil, soil_moisture, tails)
 from test_all import (FILES, REAL, archives, checkpoint, close, needs_real_data, out_with_encoder,
                       quick_run, raises, tune)
 
@@ -172,6 +173,26 @@ def test_a_linear_baseline_is_solved():
     sites.static[:, names.index("clay")] = z[:, others] @ rng.standard_normal(others.sum())
     model, run = finetune.run(o, "glm", finetune.TASKS["clay"].prepare(sites, o), fold_of, 0, 0)
     assert evaluate.value_scores(run["obs"], run["sim"])["R2"] > 0.999
+
+
+def test_training_sites_miss_groups_and_a_rare_class_is_bounded():
+    sites, seen = data.load(quick=True), []
+    sites = replace(sites, static=np.nan_to_num(sites.static))
+    sites.static[0, 0] = 1e6                                # of one site only
+    o, fold_of = soil.Options(task="clay", hide=0.5, bound=1.5, steps=40), np.arange(len(sites.ids))
+    fold_of[1:] = 1 + fold_of[1:] % 2                       # the first site is tested
+
+    def look(self, e, forcing, static, extra):
+        seen.append((self.training, static))
+        return forward(self, e, forcing, static, extra)
+    forward, prepared = finetune.Predictor.forward, finetune.TASKS["clay"].prepare(sites, o)
+    with mock.patch.object(finetune.Predictor, "forward", look):
+        finetune.run(o, "mlp", prepared, fold_of, 0, 0)
+    others = np.array(data.groups(sites.static_names)) != "soil"
+    for training, share in ((True, 0.5 * 7 / 8), (False, 0)):   # one copy of eight is complete
+        values = torch.cat([x for kind, x in seen if kind == training])[:, others]
+        assert abs(values.isnan().float().mean() - share) < 0.1 * training + 1e-6
+        assert values.nan_to_num().abs().max() == 1.5
 
 
 def test_an_encoder_that_was_trained_to_tell_the_target_is_told():
