@@ -890,7 +890,7 @@ def samples(length=365, warmup=300, first=0):
     scaling = {key: train.fit_standardisation(getattr(sites, key)) for key in ("forcing", "static")}
     predictor = finetune.Predictor(dict(
         task="streamflow", variant="resconn", width=16, dropout=0.0, length=length, warmup=warmup,
-        dtype="float32",
+        dtype="float32", bound=np.inf,
         config=vars(config), encoder_scaling=scaling, scaling=scaling, shapes={}, centre=1.0,
         spread=2.0, forcing_names=sites.dynamic_names, static_names=sites.static_names))
     days = slice(0, 1096 if length > 1 else 1)
