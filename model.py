@@ -188,12 +188,13 @@ class VariableEmbedding(nn.Module):
 
     def forward(self, x, hide=False):
         """Entries that are NaN or in `hide` become the variable's learned mask vector."""
-        seen = (~(x.isnan() | hide)).to(x.dtype)                                # (..., V)
-        h = F.gelu(x.nan_to_num()[..., None] * self.w1 + self.b1)               # (..., V, hidden)
-        h = (h * seen[..., None]).flatten(-2)                                   # (..., V hidden)
-        # One product instead of V: the hidden units stand side by side, those of hidden variables
-        # are zero. All mask vectors are added, and for what is seen exchanged for b2.
-        return linear(h, self.w2, self.mask_vector.sum(0)) + seen @ (self.b2 - self.mask_vector)
+        hidden = x.isnan() | hide                                               # (..., V)
+        h = F.gelu(x.masked_fill(hidden, 0)[..., None] * self.w1 + self.b1)     # (..., V, hidden)
+        # One product instead of V: the hidden units of all variables stand side by side. A hidden
+        # variable enters as 0, and what that makes of it is exchanged for its mask vector.
+        zero = (self.w2.unflatten(1, self.b1.shape) * F.gelu(self.b1)).sum(-1).T + self.b2  # (V, D)
+        return linear(h.flatten(-2), self.w2, self.b2.sum(0)) \
+            + hidden.to(x.dtype) @ (self.mask_vector - zero)
 
 
 class VariableProjection(nn.Module):
@@ -297,5 +298,6 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         cut = round(256 * self.p)
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2 ** 63, None)
-        keep = (words.view(torch.uint8)[:x.numel()] >= cut).view_as(x)
-        return x * keep.to(x.dtype).mul_(256 / (256 - cut))
+        keep = torch.empty_like(x, requires_grad=False)     # bool to bfloat16 would take 7 x as long
+        torch.ge(words.view(torch.uint8)[:x.numel()].view_as(x), cut, out=keep)
+        return x * keep.mul_(256 / (256 - cut))

@@ -22,7 +22,7 @@ import finetune
 import model
 import train
 from applications import (adapters, alphaearth, blocks, budyko, common, controls, dynamic_world,
-                          embeddings, figures, height, hybrid, intervals, landslide, predict,
+                          embeddings, figures, growth, height, hybrid, intervals, landslide, predict,
                           reconstruction, release, soil, soil_moisture, tails)
 from test_all import (FILES, REAL, archives, checkpoint, close, needs_real_data, out_with_encoder,
                       quick_run, raises, tune)
@@ -843,6 +843,31 @@ def test_figures_are_drawn_of_runs_and_of_a_checkpoint():
         "labels.png", "reconstruction.png"}
     for name, picture in written.items():
         assert picture[:4] == b"\x89PNG" and len(picture) < 200_000, name
+
+
+def test_growth_is_measured_and_predicted():
+    rows, true = growth.settings(), np.array([2e-12, 0.0, 3e-12, 1e-3])
+    seconds = np.array([growth.terms(row) @ true for row in rows])
+    np.testing.assert_allclose(growth.fit(rows, seconds), true, rtol=1e-6, atol=1e-20)
+    seconds[3] *= 0.5                                       # faster than it should be
+    assert (growth.fit(rows, seconds) >= 0).all()
+    s = growth.Setting(layers=4, batch=32, width=256)
+    gigabytes, hours = growth.plan(true, s, 8634, 39, 100, speed=2)
+    assert 2.9 < gigabytes < 3.0                            # 8634 x 39 x 365.25 x 6 numbers
+    assert np.isclose(hours, 100 * 32 * (366 * 39 * 256 ** 2 * 2e-12 + 366 ** 2 * 1024 * 3e-12
+                                         + 1e-3 / 32) / 2 / 3600)
+    path = Path(mkdtemp(), "weather.npy")
+    growth.build(path, 20, years=1)
+    assert np.load(path).shape == (20, 365, 6)
+    answer = growth.measure(dict(sites=20, days=30, width=32, layers=1, batch=2), path, steps=4)
+    assert answer["peak"] > 50 and 0 < answer["step"] < answer["first"] + 1
+    assert (path.parent / "pretrained.pt").is_file()
+    try:
+        import matplotlib
+    except ImportError:
+        raise SkipTest("no matplotlib") from None
+    growth.draw(path.with_suffix(".png"), rows, [answer] * len(rows), seconds)
+    assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_figures_say_what_they_cannot_draw():
