@@ -5,7 +5,8 @@
     python finetune.py --data caravan:DIR --checkpoint out/pub{fold}/pretrained.pt --fold all
     python eval.py                                      the table over all runs
 
-r_t = linear(conv1d(weather_t)); h = LSTM(E_t + r_t); y_t = linear(h_t), E_t from the encoder. No
+r_t = linear(conv1d(weather_t)); h = LSTM(E_t + r_t); y_t = linear(h_t). E_t: what the pretrained
+network makes of the day and of the site, before its layers and, at first at 0.3, after them. No
 site of the test fold is trained on, nor may the checkpoint have seen it. A run leaves predictions
 in out/runs/*.npz and its model beside them: load("….pt").predict(sites). Other tasks plug in from
 applications/ by a Task, if need be Variants and a reader, and main().
@@ -182,8 +183,9 @@ class Predictor(nn.Module):
             self.encoder.requires_grad_(embedding not in FIXED)
         if embedding:
             d = self.encoder.config.d_model if self.encoder else shapes[embedding]
-            self.day_norm, self.site_norm = nn.LayerNorm(d), nn.LayerNorm(d)
-            self.gain = nn.Parameter(torch.ones(2))
+            self.levels = self.encoder.levels if self.encoder else 1
+            self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(2 * self.levels))
+            self.gain = nn.Parameter(torch.tensor([1, 1, 0.3, 0.3])[:2 * self.levels])
             self.expand = nn.Linear(d, width) if d != width else nn.Identity()
         self.inputs = self.task.inputs if self.variant.inputs is None else self.variant.inputs
         self.flags = "static" in self.inputs                # weather alone comes without them
@@ -194,13 +196,14 @@ class Predictor(nn.Module):
         self.head = (self.variant.head or self.task.head)(width, settings["dropout"], shapes)
 
     def forward(self, e, forcing, static, extra):
-        """e (B, L+1, D): E of each day and of the site, or None; inputs standardised, with NaN."""
+        """e (B, L+1, levels D): E of days and site, or None; the inputs standardised, with NaN."""
         L, B = forcing.shape[1], len(forcing)               # days first, as an LSTM computes
         x = []                                              # what is added up: (L, B, width) each
         if e is not None:
-            e = e.transpose(0, 1)                                               # (L+1, B, D)
-            day, site = self.day_norm(e[:-1]), self.site_norm(e[-1:])
-            x.append(self.expand(self.gain[0] * day + self.gain[1] * site))
+            levels = e.transpose(0, 1).chunk(self.levels, -1)                   # (L+1, B, D) each
+            parts = [part for level in levels for part in (level[:-1], level[-1:])]     # days, site
+            x.append(self.expand(sum(gain * norm(part) for gain, norm, part in
+                                     zip(self.gain, self.norms, parts))))
         if self.inputs:
             values = {"forcing": forcing.transpose(0, 1), "static": static.expand(L, B, -1)}
             fill = fill_and_flag if self.flags else torch.nan_to_num
@@ -252,9 +255,10 @@ class Samples:
 
     @torch.no_grad()
     def encode_once(self):
-        """E of all windows, (n, L+1, D), in half precision in a temporary file (see TMPDIR)."""
+        """E of all windows, (n, L+1, levels D), in half precision in a temporary file (TMPDIR)."""
         self.model.eval()
-        shape = len(self.site), self.length + 1, self.model.encoder.config.d_model
+        encoder = self.model.encoder
+        shape = len(self.site), self.length + 1, encoder.levels * encoder.config.d_model
         store = np.memmap(tempfile.TemporaryFile(), np.float16, "w+", shape=shape)
         for i in self.batches(64):
             store[i] = self.encode(i).cpu()
@@ -264,14 +268,14 @@ class Samples:
         return np.array_split(np.arange(len(self.site)), len(self.site) // size + 1)
 
     def encode(self, i):
-        """E of the windows i, each day's and the site's: (B, L+1, D); None if it takes none."""
+        """E of the windows i, days and site: (B, L+1, levels D); None if it takes none."""
         if self.encoded is not None:
             return self.encoded[i].to(self.device, torch.float32)
         if not self.model.encoder:
             return None
         windows = self.encoder_windows.get(self.site[i], self.encoder_start[i], self.device)
         with autocast(self.device, self.model.settings["dtype"]):
-            e = self.model.encoder.encode(*windows).float()
+            e = self.model.encoder.read(*windows).float()
         return e if self.length > 1 else torch.stack([e[:, :-1].mean(1), e[:, -1]], 1)
 
     def outputs(self, i):
@@ -304,7 +308,7 @@ class Samples:
         return inverse(result, self.sites)[self.chosen, self.days]
 
 
-VERSION = 3                                                 # of the saved models' format
+VERSION = 4                                                 # of the saved models' format
 
 
 def load(path):

@@ -4,7 +4,7 @@ A site is its static attributes (terrain, soil, geology, vegetation, climate), i
 daily weather. Groups of variables that could stand in for one another are hidden together, and the
 network reconstructs them (Kraabel et al., arXiv 2509.17942; "A.n" below are its sections).
 
-    embed -> encoder -> project        = encode(), what the downstream heads read
+    embed -> encoder -> project        = encode(), what downstream heads read beside embed()
           -> LSTM -> readouts          = decode(), what pretraining scores
 
 Axes: B sites in a batch, T days, C dynamic variables, S static attributes, D width. NaN = missing.
@@ -56,7 +56,8 @@ class Masks(NamedTuple):
 
 
 class StefaLand(nn.Module):
-    """The masked autoencoder. forward() scores hidden entries; encode() serves downstream heads."""
+    """The masked autoencoder. forward() scores hidden entries; read() serves downstream heads."""
+    levels = 2
 
     def __init__(self, config):
         super().__init__()
@@ -95,10 +96,18 @@ class StefaLand(nn.Module):
         Inputs are standardised, NaN = missing; latlon (B, 2) in degrees, day_of_year (B, T) from 1;
         None = not given. ValueError on a wrong number of variables or too long a window.
         """
-        x = self.embed(forcing, static, latlon, day_of_year, hidden)
+        return self.infer(self.embed(forcing, static, latlon, day_of_year, hidden))
+
+    def infer(self, x):
+        """The encoder's layers, where tokens learn from each other: (B, T+1, D) -> (B, T+1, D)."""
         for layer in self.encoder:
             x = layer(x)
-        return self.project(self.dropout(x))                                    # (B, T+1, D)
+        return self.project(self.dropout(x))
+
+    def read(self, *inputs):
+        """E, for downstream heads: the tokens before the layers and after, (B, T+1, levels D)."""
+        tokens = self.embed(*inputs)
+        return torch.cat([tokens, self.infer(tokens)], -1)
 
     def decode(self, encoded):
         """Reconstruct all variables from the embedding: (B, T+1, D) -> (B, T, C), (B, S) (A.5)."""

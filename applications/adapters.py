@@ -76,8 +76,9 @@ class NarrowPredictor(finetune.Predictor):
 
     def __init__(self, settings, encoder=None):
         super().__init__(settings, encoder)
-        d, = self.site_norm.normalized_shape
-        self.site_norm = nn.Sequential(self.site_norm, nn.Linear(d, 8), nn.Linear(8, d))
+        for k in range(1, len(self.norms), 2):
+            d, = self.norms[k].normalized_shape
+            self.norms[k] = nn.Sequential(self.norms[k], nn.Linear(d, 8), nn.Linear(8, d))
 
 
 class Noise(nn.Module):
@@ -92,7 +93,8 @@ class NoisyPredictor(finetune.Predictor):
 
     def __init__(self, settings, encoder=None):
         super().__init__(settings, encoder)
-        self.site_norm = nn.Sequential(self.site_norm, Noise())
+        for k in range(1, len(self.norms), 2):
+            self.norms[k] = nn.Sequential(self.norms[k], Noise())
 
 
 class AuthorsPredictor(finetune.Predictor):
@@ -116,8 +118,8 @@ class AuthorsPredictor(finetune.Predictor):
         """As Predictor.forward: (B, L+1, D), (B, L, C), (B, S) -> (B, L)."""
         x = forcing.transpose(0, 1).nan_to_num()                                # (L, B, C)
         s = finetune.fill_and_flag(static).expand(len(x), -1, -1)               # (L, B, 2 S)
-        e = e.transpose(0, 1)
-        e = self.scale * self.expand(self.day_norm(e[:-1] + e[-1:]))            # (L, B, width)
+        e = e.transpose(0, 1).chunk(self.levels, -1)[-1]                        # (L+1, B, D)
+        e = self.scale * self.expand(self.norms[0](e[:-1] + e[-1:]))            # (L, B, width)
         u, v = self.weather(x), self.attributes(s)
         z = self.joint_norm(e + self.joint(torch.cat([e, u, v], -1)))
         z = self.sum_norm(z + u + v)

@@ -5,6 +5,7 @@
 
 raw: in place of E all that the encoder reads, as it is: weather, attributes, place, season.
 untrained: E of an encoder with the random weights that pretraining begins with.
+shallow, deep: E from before the encoder's layers only, or only from after them.
 noresconn: E without the residual path; linear: each day's E by itself.
 lstm-hiding: lstm that in training had groups of attributes hidden, as the encoder had.
 """
@@ -23,14 +24,15 @@ from model import draw_groups, spherical_harmonics
 
 class Inputs(nn.Module):
     """In place of the encoder: what it reads, side by side, missing values flagged."""
+    levels = 1
 
     def __init__(self, config):
         super().__init__()
         n_day, n_static = 2 * len(config.dynamic_names) + 2, 2 * len(config.static_names)
         self.config = replace(config, d_model=n_day + n_static + (config.degree + 1) ** 2)
 
-    def encode(self, forcing, static, latlon, day_of_year):
-        """As StefaLand.encode: days fill the first columns, and the site, last, the others."""
+    def read(self, forcing, static, latlon, day_of_year):
+        """As StefaLand.read: days fill the first columns, and the site, last, the others."""
         angle = day_of_year[..., None] * (2 * math.pi / 365.25)                 # (B, T, 1)
         days = torch.cat([finetune.fill_and_flag(forcing), angle.sin(), angle.cos()], -1)
         place = spherical_harmonics(latlon.nan_to_num(), self.config.degree).to(static.dtype)
@@ -51,6 +53,17 @@ class HidingPredictor(finetune.Predictor):
         return super().forward(e, forcing, static, extra)
 
 
+def fixed_gains(*gains):
+    """A predictor whose shares of E's parts are given: days, site before the layers, and after."""
+    class FixedPredictor(finetune.Predictor):
+        def __init__(self, settings, encoder=None):
+            super().__init__(settings, encoder)
+            self.gain = nn.Parameter(torch.tensor(gains), requires_grad=False)
+    return FixedPredictor
+
+
+finetune.VARIANTS["shallow"] = finetune.Variant(network=fixed_gains(1.0, 1.0, 0.0, 0.0))
+finetune.VARIANTS["deep"] = finetune.Variant(network=fixed_gains(0.0, 0.0, 1.0, 1.0))
 finetune.VARIANTS["lstm-hiding"] = replace(finetune.VARIANTS["lstm"], network=HidingPredictor)
 finetune.VARIANTS["raw"] = finetune.Variant("untrained", encoder=Inputs)
 finetune.VARIANTS["untrained"] = finetune.Variant("untrained")
@@ -58,7 +71,8 @@ finetune.VARIANTS["untrained"] = finetune.Variant("untrained")
 
 @dataclass
 class Options(finetune.Options):
-    model: str = finetune.option("model", "resconn,raw,untrained,noresconn,linear,lstm,lstm-hiding",
+    model: str = finetune.option("model", "resconn,shallow,deep,raw,untrained,noresconn,linear,lstm,"
+                                 "lstm-hiding",
                                  "of finetune.VARIANTS, joined by commas")
 
 

@@ -16,19 +16,19 @@ import torch
 
 import data
 from applications import alphaearth, landslide, soil, soil_moisture  # noqa: for their readers
+from model import StefaLand
 from train import Windows, load_checkpoint
 
 
 @torch.no_grad()
-def embed(sites, checkpoint, size=64):
-    """The site tokens and mean days, (N, D) each, of the network of a checkpoint."""
-    model, saved = load_checkpoint(checkpoint)
-    c = model.eval().config
-    windows = Windows(sites, saved["scaling"], c.max_days, c.dynamic_names, c.static_names)
+def embed(sites, model, scaling, before=False, size=64):
+    """Site tokens and mean days, (N, D) each, after the network's layers or before them."""
+    c, read = model.eval().config, model.embed if before else model.encode
+    windows = Windows(sites, scaling, c.max_days, c.dynamic_names, c.static_names)
     start = np.minimum(windows.first, len(sites.dates) - c.max_days)            # (N,)
     tokens, days = [], []
     for i in np.array_split(np.arange(len(sites.ids)), len(sites.ids) // size + 1):
-        e = model.encode(*windows.get(i, start[i]))                             # (B, L+1, D)
+        e = read(*windows.get(i, start[i]))                                     # (B, L+1, D)
         tokens.append(e[:, -1])
         days.append(e[:, :-1].mean(1))
     return torch.cat(tokens).numpy(), torch.cat(days).numpy()
@@ -64,16 +64,16 @@ def runoff_ratio(sites):
             / np.maximum(np.where(both, rain, 0).sum(1), 1e-9))
 
 
-def compare_neighbours(sites, tokens, days):
+def compare_neighbours(sites, embeddings):
     """Print how alike neighbours are in runoff ratio, by each idea of what a neighbour is."""
     ratio = runoff_ratio(sites)
     known = ~np.isnan(sites.target).all(1) & ~np.isnan(sites.latlon).any(1)
     known &= (ratio > 0) & (ratio < 2)                      # a ratio beyond is a wrong area
     place = data.on_sphere(sites.latlon)
     weather = np.ma.masked_invalid(sites.forcing).mean(1).filled(np.nan)        # (N, C)
-    views = {"embedding of the site": tokens, "embedding of the mean day": days,
-             "attributes": sites.static, "place": place, "attributes, mean weather and place":
-             np.hstack([sites.static, weather, place])}
+    views = embeddings | {"attributes": sites.static, "place": place,
+                          "attributes, mean weather and place":
+                          np.hstack([sites.static, weather, place])}
     print(f"correlation of the runoff ratio with that of the 5 nearest of {known.sum()} sites")
     for name, vectors in views.items():
         print(f"  by {name:<36}{likeness(standardise(vectors[known]), ratio[known]):.3f}")
@@ -106,7 +106,8 @@ def main(argv=None):
     parser.add_argument("--checkpoint", default="", help="empty: pretrained.pt in --out")
     o = parser.parse_args(argv)
     sites = data.load(o.data, cache=Path(o.out, "cache"))
-    tokens, days = embed(sites, o.checkpoint or Path(o.out, "pretrained.pt"))
+    model, saved = load_checkpoint(o.checkpoint or Path(o.out, "pretrained.pt"))
+    tokens, days = embed(sites, model, saved["scaling"])
     kind, _, folder = o.data.partition(":")
     path = Path(o.out, "embeddings", "-".join(filter(None, (kind, Path(folder).name))))
     arrays = dict(ids=sites.ids, latlon=sites.latlon, site=tokens, mean_day=days)
@@ -119,7 +120,12 @@ def main(argv=None):
     data.write_atomically(Path(f"{path}.csv"), lambda file: file.write(text.encode()))
     print(f"{path}.csv, {path}.npz: {len(sites.ids)} sites, twice {tokens.shape[1]} values")
     if not np.isnan(sites.target).all():
-        compare_neighbours(sites, tokens, days)
+        torch.manual_seed(0)
+        untrained, scaling = StefaLand(model.config), saved["scaling"]
+        compare_neighbours(sites, {
+            "embedding of the site": tokens, "embedding of the mean day": days,
+            "the site before the layers": embed(sites, model, scaling, before=True)[0],
+            "the site by an untrained network": embed(sites, untrained, scaling)[0]})
     draw(Path(f"{path}.png"), sites, tokens)
 
 

@@ -577,14 +577,15 @@ def test_adapters_of_other_networks_do_what_their_names_say():
         assert type(again) is finetune.VARIANTS[name].network
         if name == "resconn-narrow":
             assert np.linalg.matrix_rank(
-                (again.site_norm[2].weight @ again.site_norm[1].weight).detach()) == 8
+                (again.norms[3][2].weight @ again.norms[3][1].weight).detach()) == 8
         if name == "resconn-noise":
             x = torch.randn(1, 3, 64)
-            assert torch.equal(again.site_norm(x), again.site_norm[0](x))
-            assert not torch.equal(again.train().site_norm(x), again.site_norm[0](x))
+            noise = again.norms[1]
+            assert torch.equal(noise(x), noise[0](x))
+            assert not torch.equal(again.train() and noise(x), noise[0](x))
         if name == "resconn-authors":                       # the attributes matter without E
             x = torch.randn(2, 9, len(again.settings["forcing_names"]))
-            s, e = torch.randn(2, len(again.settings["static_names"])), torch.zeros(2, 10, 64)
+            s, e = torch.randn(2, len(again.settings["static_names"])), torch.zeros(2, 10, 128)
             assert abs(again(e, x, s, []) - again(e, x, -s, [])).max() > 1e-3
 
 
@@ -594,7 +595,7 @@ def test_controls_take_the_encoders_place():
     raw, C, S = controls.Inputs(config), len(sites.dynamic_names), len(sites.static_names)
     forcing, static = torch.randn(2, 7, C), torch.randn(2, S)
     forcing[1, 3, 2] = nan
-    e = raw.encode(forcing, static, torch.tensor([[40.0, 9], [nan, nan]]), torch.ones(2, 7))
+    e = raw.read(forcing, static, torch.tensor([[40.0, 9], [nan, nan]]), torch.ones(2, 7))
     assert e.shape == (2, 8, raw.config.d_model)
     close(e[:, :7, :C], forcing.nan_to_num())
     assert e[1, 3, C + 2] == 1 and e[..., C:2 * C].sum() == 1 and (e[:, :7, 2 * C + 2:] == 0).all()
@@ -608,6 +609,9 @@ def test_controls_take_the_encoders_place():
     assert torch.equal(trained.position, weights["position"])
     assert not torch.equal(untrained.position, weights["position"])
     assert not any(p.requires_grad for p in untrained.parameters())
+    tune("--model shallow,deep", out)
+    for name, gain in (("shallow", [1, 1, 0, 0]), ("deep", [0, 0, 1, 1])):
+        assert finetune.load(*Path(out, "runs").glob(f"*, {name}, *.pt")).gain.tolist() == gain
     tune("--model lstm-hiding", out)
     path, = Path(out, "runs").glob("*lstm-hiding*.pt")
     hiding = finetune.load(path)
