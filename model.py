@@ -307,6 +307,6 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         cut = round(256 * self.p)
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2 ** 63, None)
-        keep = torch.empty_like(x, requires_grad=False)     # bool to bfloat16 would take 7 x as long
+        keep = torch.empty_like(x, requires_grad=False)     # bool to bfloat16 takes 7 x as long
         torch.ge(words.view(torch.uint8)[:x.numel()].view_as(x), cut, out=keep)
         return x * keep.mul_(256 / (256 - cut))

@@ -71,9 +71,9 @@ finetune.VARIANTS["untrained"] = finetune.Variant("untrained")
 
 @dataclass
 class Options(finetune.Options):
-    model: str = finetune.option("model", "resconn,shallow,deep,raw,untrained,noresconn,linear,lstm,"
-                                 "lstm-hiding",
-                                 "of finetune.VARIANTS, joined by commas")
+    model: str = finetune.option(
+        "model", "resconn,shallow,deep,raw,untrained,noresconn,linear,lstm,lstm-hiding",
+        "of finetune.VARIANTS, joined by commas")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ import finetune
 import model
 import train
 from applications import (adapters, alphaearth, blocks, budyko, common, controls, dynamic_world,
-                          embeddings, figures, growth, height, hybrid, intervals, landslide, predict,
-                          reconstruction, release, soil, soil_moisture, tails)
+                          embeddings, figures, growth, height, hybrid, intervals, landslide,
+                          predict, reconstruction, release, soil, soil_moisture, tails)
 from test_all import (FILES, REAL, archives, checkpoint, close, needs_real_data, out_with_encoder,
                       quick_run, raises, tune)
 
