@@ -384,6 +384,20 @@ def choose_sites(o, sites, fold_of, fold, rng):
     return np.sort(training), np.sort(validation), test
 
 
+def periods(o, task, target, dates, encoder):
+    """Days to train on, days to test on, days in a window and of them those not scored."""
+    if task.scoring != "series":                            # a value per site
+        return slice(0, 1), slice(0, 1), 1, 0
+    seen = np.flatnonzero(~np.isnan(target).all(0))         # days with observations anywhere
+    first, stop = seen[0], seen[-1] + 1
+    split = first + int(0.6 * (stop - first))
+    length = encoder.config.max_days if encoder else min(365, len(dates))
+    data.check(length > o.warmup,
+               f"windows of {length} days, of which --warmup {o.warmup} do not count")
+    return (day_slice(o.train_period, dates, slice(first, split)),
+            day_slice(o.test_period, dates, slice(split, stop)), length, o.warmup)
+
+
 def run(o, variant, sites, fold_of, fold, seed):
     """Train one variant on one fold: the model, and what the run's file holds."""
     began, rng, task = time.time(), np.random.default_rng([seed, fold]), TASKS[o.task]
@@ -399,17 +413,7 @@ def run(o, variant, sites, fold_of, fold, seed):
 
     data.check(task.scoring == "series" or target.shape[1] == 1,
                f"{task.target} is a daily series, not a {task.scoring} for each site")
-    train_days, test_days, length, warmup = slice(0, 1), slice(0, 1), 1, 0      # a value per site
-    if task.scoring == "series":
-        seen = np.flatnonzero(~np.isnan(target).all(0))     # days with observations anywhere
-        first, stop = seen[0], seen[-1] + 1
-        split = first + int(0.6 * (stop - first))
-        train_days = day_slice(o.train_period, sites.dates, slice(first, split))
-        test_days = day_slice(o.test_period, sites.dates, slice(split, stop))
-        length = encoder.config.max_days if encoder else min(365, len(sites.dates))
-        warmup = o.warmup
-    data.check(length > warmup,
-               f"windows of {length} days, of which --warmup {warmup} do not count")
+    train_days, test_days, length, warmup = periods(o, task, target, sites.dates, encoder)
     transform = VARIANTS[variant].transform or task.transform
     learned, centre, spread = transform(target, sites), 0.0, 1.0                # (N, T)
     standardised = VARIANTS[variant].standardised
