@@ -11,7 +11,7 @@ step costs by itself. What it is worth is shown: each setting is predicted from 
 import argparse
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -56,7 +56,10 @@ def build(path, n_sites, years):
 
 
 def measure(setting, path, steps):
-    """Pretrain for some steps: {seconds to the first, seconds of a step, MB} of this process."""
+    """Pretrain for some steps: {seconds to the first, seconds of a step, MB} of this process.
+
+    MB, on Linux: the most that was resident, what had been read of the mapped weather included.
+    """
     s, weather = Setting(**setting), np.load(path, mmap_mode="r")
     world = data.synthetic_world(n_sites=500, years=weather.shape[1] // 365)
     row = np.resize(np.arange(500), s.sites)
@@ -74,7 +77,8 @@ def measure(setting, path, steps):
         batch_size=s.batch * s.processes, config=f"d_model={s.width},d_ff={2 * s.width},"
         f"n_layers={s.layers},n_heads={s.width // 32}"), sites)
     train.descend = descend
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status")          # ru_maxrss begins with the launching process's
+    peak = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024 if status.exists() else 0
     return dict(first=ends[0] - began, step=float(np.median(np.diff(ends))), peak=peak)
 
 
