@@ -270,7 +270,7 @@ class Samples:
     def encode(self, i):
         """E of the windows i, days and site: (B, L+1, levels D); None if it takes none."""
         if self.encoded is not None:
-            return self.encoded[i].to(self.device, torch.float32)
+            return self.encoded[i].to(self.device).float()      # half as much to copy
         if not self.model.encoder:
             return None
         windows = self.encoder_windows.get(self.site[i], self.encoder_start[i], self.device)

@@ -4,6 +4,7 @@ Real data: $MINSTEFALAND_REAL, or ../shared/real; tests that need it skip where 
 """
 
 import contextlib
+import copy
 import io
 import multiprocessing
 import os
@@ -497,7 +498,8 @@ def test_an_output_is_written_whole_or_not_at_all():
 
 def run(options, out, launcher="", stop=None, code=0):
     """What train.py prints, and its checkpoint; SIGTERM once it has printed `stop`."""
-    command = [sys.executable, *launcher.split(), train.__file__, *options.split(), "--out", out]
+    command = [sys.executable, *launcher.split(), train.__file__, *options.split(), "--out", out,
+               "--device", "cpu"]                           # bit for bit, and two without two GPUs
     text, env = "", os.environ | {"OMP_NUM_THREADS": "1"}   # threads crawl on a busy machine
     with Popen(command, text=True, stdout=PIPE, stderr=STDOUT, env=env) as process:
         for line in process.stdout:
@@ -529,7 +531,8 @@ def test_the_first_losses_of_default_training_are_known():
         assert len(losses) < 6, "that is enough"
         return loss_of(errors, counts)
     with mock.patch.object(train, "masked_loss", note):
-        raises(AssertionError, "enough", train.main, ["--out", mkdtemp(), "--dtype", "float32"])
+        raises(AssertionError, "enough", train.main,
+               ["--out", mkdtemp(), "--dtype", "float32", "--device", "cpu"])
     close(losses, [1.310926, 1.472093, 1.682551, 1.604199, 1.465066, 1.381019], atol=1e-3)
 
 
@@ -732,7 +735,8 @@ def out_with_encoder():
 def quick_run(variant, change=lambda sites: sites, fold=0, **options):
     """What the file of one short run holds; the data are changed before."""
     sites = change(data.load(quick=True))
-    o = finetune.Options(**dict(out=str(checkpoint()[0].parent), steps=4, batch_size=8) | options)
+    o = finetune.Options(**dict(out=str(checkpoint()[0].parent), steps=4, batch_size=8,
+                                device="cpu") | options)
     return finetune.run(o, variant, sites, data.folds(sites, "pub", 5), fold, 0)[1]
 
 
@@ -797,7 +801,7 @@ def test_a_validation_score_that_is_missing_is_no_best():
 def test_a_saved_model_predicts_what_its_run_predicted():
     out, sites = out_with_encoder(), data.load(quick=True)
     for variant in ("resconn", "lstm"):
-        tune("--model " + variant, out)
+        tune("--device cpu --model " + variant, out)
         path, = Path(out, "runs").glob(f"streamflow synthetic pub5, {variant}, fold 0, seed 0*.npz")
         test, predictor = data.folds(sites, "pub", 5) == 0, finetune.load(path.with_suffix(".pt"))
         days = slice(int(0.6 * len(sites.dates)), len(sites.dates))
@@ -867,7 +871,7 @@ def test_bfloat16_changes_predictions_little_and_is_the_default_where_it_is_fast
 
 def test_a_frozen_encoder_stays_and_a_tuned_one_changes():
     (path, saved), sites = checkpoint(), data.load(quick=True)
-    o = finetune.Options(out=str(path.parent), steps=2, batch_size=8)
+    o = finetune.Options(out=str(path.parent), steps=2, batch_size=8, device="cpu")
     for variant in ("resconn", "direct"):
         trained, _ = finetune.run(o, variant, sites, data.folds(sites, "pub", 5), 0, 0)
         weights = trained.encoder.state_dict()
@@ -920,6 +924,20 @@ def test_predictions_are_put_together_from_windows_after_their_warm_up():
             out = s.outputs([k])[0].numpy()[days.start - s.start[k]:] * spread + 1.0
         close(result[0, days], np.maximum(out, 0) ** 2)
     assert result.shape == (2, 1096) and np.isfinite(result).all()
+
+
+@unittest.skipUnless(torch.cuda.is_available(), "no GPU")
+def test_a_gpu_computes_what_the_cpu_computes():
+    m, *batch = small()
+    hidden = m.draw_masks(5, 60)
+    on_cpu, on_gpu = m(*batch, hidden), copy.deepcopy(m).cuda()(
+        *[x.cuda() for x in batch], model.Masks(*[x.cuda() for x in hidden]))
+    close(on_gpu[0].cpu(), on_cpu[0], rtol=1e-3)
+    assert torch.equal(on_gpu[1].cpu(), on_cpu[1])
+    for dtype, tolerance in (("float32", 0.01), ("bfloat16", 0.1)):
+        cpu, gpu = (quick_run("resconn", device=device, dtype=dtype, dropout=0.0)["sim"]
+                    for device in ("cpu", "cuda"))
+        assert 0 < abs(gpu - cpu).max() < tolerance
 
 
 # eval.py

@@ -1037,7 +1037,7 @@ def test_split_keeps_the_fold_and_unknown_blocks_out_of_training():
 
 
 def test_height_learns_and_never_sees_the_map_of_test_blocks():
-    o = height.Options(steps=30, batch_size=8, out=mkdtemp())
+    o = height.Options(steps=30, batch_size=8, out=mkdtemp(), device="cpu")
     cut = blocks.load("synthetic", "height")
     fold_of = data.folds(cut, "pub", 5)
     first = height.run(o, "unet", cut, fold_of, 0, 0)
