@@ -9,6 +9,7 @@ import io
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import unittest
@@ -530,9 +531,11 @@ def test_the_first_losses_of_default_training_are_known():
         losses.append(loss_of(errors, counts).item())
         assert len(losses) < 6, "that is enough"
         return loss_of(errors, counts)
+    before = signal.getsignal(signal.SIGINT)
     with mock.patch.object(train, "masked_loss", note):
         raises(AssertionError, "enough", train.main,
                ["--out", mkdtemp(), "--dtype", "float32", "--device", "cpu"])
+    assert signal.getsignal(signal.SIGINT) == before        # Ctrl-C is the caller's again
     close(losses, [1.310926, 1.472093, 1.682551, 1.604199, 1.465066, 1.381019], atol=1e-3)
 
 
@@ -989,56 +992,6 @@ def test_scores_of_values_are_over_all_sites():
     obs, sim = np.array([[0.0], [1], [2], [5]]), np.array([[1.0], [2], [4], [5]])
     close(evaluate.value_scores(obs, sim), {
         "R2": 1 - 6 / 14, "rmse": 1.5 ** 0.5, "median difference": 1.0, "nmad": 1.4826 / 2})
-
-
-def test_interval_scores_equal_their_formulas():
-    rng = np.random.default_rng(0)
-    obs, members = rng.standard_normal(50), rng.standard_normal((7, 50))
-    low, high = members.min(0), members.max(0)
-    pairs = abs(members[:, None] - members).mean((0, 1))    # all K^2 of them
-    crps = abs(members - obs).mean(0) - pairs / 2
-    close(evaluate.interval_scores(np.append(obs, nan), *np.pad([low, high], ((0, 0), (0, 1))),
-                                   np.pad(members, ((0, 0), (0, 1)))),
-          {"coverage": ((low <= obs) & (obs <= high)).mean(), "width": (high - low).mean(),
-           "mae": abs(np.median(members, 0) - obs).mean(), "crps": crps.mean()})
-    one = evaluate.interval_scores(obs, obs, obs, obs[None] + 1)
-    assert np.isclose(one["crps"], 1) and np.isclose(one["mae"], 1)     # of one: its mae
-
-
-def test_the_median_of_the_seeds_has_a_row_of_its_own():
-    out = out_with_encoder()
-    tune("--model resconn,lstm --seeds 3 --allow-overlap", out)
-    models, = evaluate.load_runs(out).values()
-    *both, one, other, all_of_them = models
-    assert {one, other} == {"lstm, median", "resconn, median"}
-    assert all_of_them == " + ".join(both) + ", median"
-    run, = models[all_of_them]
-    sims = [run["sim"] for name in ("resconn", "lstm") for run in models[name]]
-    assert np.array_equal(run["sim"], np.median(sims, 0)) and run["baseline"] == "lstm, median"
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        evaluate.main(["--out", out])
-    assert text.getvalue().count("gain over lstm, median") == 2
-    tune("--model resconn,lstm --seeds 2 --draw 1", out)    # of the same sites: a choice of them
-    assert sum("chosen by validation, median" in m for m in evaluate.load_runs(out).values()) == 1
-    tune("--model lstm --seeds 2 --labelled 20", out)       # of other sites each: no ensemble
-    assert sum("lstm, median" in models for models in evaluate.load_runs(out).values()) == 2
-
-
-def test_the_best_mixture_is_that_of_the_validation_sites():
-    obs = np.random.default_rng(0).gamma(1.0, 3, (4, 50))
-
-    def run(model, sim):
-        return dict(model=model, scoring="series", setting="x", validation_ids=np.arange(4),
-                    validation_obs=obs, validation_sim=sim)
-    high, low, far = run("high", obs + 1), run("low", obs - 1), run("far", obs[::-1] * 3)
-    chosen, tried = evaluate.best_mixture([high, far, low])
-    assert [run["model"] for run in chosen] == ["high", "low"] and len(tried) == 7
-    assert tried["high", "low"] == 1 > tried["high",] == tried["low",]
-    chosen, _ = evaluate.best_mixture([high, run("high", obs), far])    # all seeds of a kind
-    assert [run["model"] for run in chosen] == ["high", "high"]
-    scores = iter([nan, 0.1, 0.5])                          # of both, high, low
-    with mock.patch.dict(evaluate.SCORINGS, series=lambda obs, sim: {"x": next(scores)}):
-        assert evaluate.best_mixture([high, low])[0] == [low]       # no score is no best
 
 
 def test_sign_test_is_exact():

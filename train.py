@@ -62,6 +62,7 @@ class Options:
 TRAINING = {"small": dict(steps=1200, batch_size=32, lr=2e-3),
             "paper": dict(steps=33000, batch_size=256, lr=1e-4)}    # 25 x 8,634 sites x 39 years
 VERSION = 2                                                 # of the checkpoint's format
+STOPS = signal.SIGINT, signal.SIGTERM                       # they end training after a step
 
 
 def train(o, sites):
@@ -96,7 +97,7 @@ def train(o, sites):
               f"{world} process(es), from step {step}", flush=True)
 
     interrupted = torch.zeros(1, device=device)             # Ctrl-C ends the loop after a step
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         signal.signal(number, lambda *_: interrupted.fill_(1))
     model.train()
     first, began, shown, stop = step, time.time(), 0.0, False
@@ -404,7 +405,12 @@ def main(argv=None):
         setattr(o, name, getattr(o, name) or value)
     if o.quick:
         o.steps, o.batch_size = min(o.steps, 20), min(o.batch_size, 8)
-    train(o, data.load(o.data, cache=Path(o.out, "cache"), quick=o.quick))
+    before = {number: signal.getsignal(number) for number in STOPS}
+    try:
+        train(o, data.load(o.data, cache=Path(o.out, "cache"), quick=o.quick))
+    finally:                                                # to whoever has called, as in a notebook
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

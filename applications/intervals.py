@@ -12,7 +12,8 @@ import argparse
 import numpy as np
 
 import data
-from eval import common_validation, interval_scores, load_runs
+from applications.ensembles import common_validation, interval_scores
+from eval import load_runs
 
 SHARES = np.arange(0.05, 1, 0.1)        # the quantiles that stand for the distribution: 5 to 95 %
 
@@ -51,11 +52,10 @@ def check_intervals(folder):
     quantiles) and calibrated, its width, crps, and the median's mae; and so in dry and wet halves.
     """
     for setting, models in load_runs(folder).items():
-        singles = {name: runs for name, runs in models.items() if not name.endswith("median")}
-        together = {name: runs for name, runs in singles.items()
+        together = {name: runs for name, runs in models.items()
                     if len({run["seed"] for run in runs}) > 1}
-        if len(singles) > 1:
-            together[" + ".join(singles)] = sum(singles.values(), [])
+        if len(models) > 1:
+            together[" + ".join(models)] = sum(models.values(), [])
         for name, runs in together.items():
             print(f"\n{setting}: {name}")
             rows = {"raw": [], "calibrated": []}

@@ -23,8 +23,8 @@ import data
 import finetune
 from applications import adapters, alphaearth, budyko, controls, hybrid, landslide, soil  # noqa
 from applications import soil_moisture  # noqa
+from applications.ensembles import best_mixture, common_validation
 from applications.intervals import Calibration
-from eval import best_mixture, common_validation
 from train import apply_standardisation, arrange
 
 BATCH = 16                                                  # sites at a time

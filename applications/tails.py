@@ -20,7 +20,8 @@ import torch
 import data
 import finetune
 from applications import budyko, figures, predict
-from eval import load_runs, site_metrics
+from applications.ensembles import load_ensembles
+from eval import site_metrics
 from train import Windows
 
 CAUSES = ("aridity (PET / P)", "mean flow (mm/d)", "distance (km)", "distance (attributes)",
@@ -147,7 +148,7 @@ def main(argv=None):
     parser.add_argument("--out", default="out", help="folder whose runs/ finetune.py wrote [out]")
     parser.add_argument("--worst", type=int, default=10, help="failing sites to list [10]")
     o = parser.parse_args(argv)
-    for setting, models in load_runs(o.out).items():
+    for setting, models in load_ensembles(o.out).items():
         first = next(iter(models.values()))[0]
         method = [run for run in models.get("resconn", []) if run["scoring"] == "series"]
         if not method:

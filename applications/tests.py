@@ -22,11 +22,11 @@ import finetune
 import model
 import train
 from applications import (adapters, alphaearth, blocks, budyko, common, controls, dynamic_world,
-                          embeddings, figures, growth, height, hybrid, intervals, landslide,
-                          predict, reconstruction, release, soil, soil_moisture, tails)
+                          embeddings, ensembles, figures, growth, height, hybrid, intervals,
+                          landslide, predict, reconstruction, release, soil, soil_moisture,
+                          tails)
 from test_all import (FILES, REAL, archives, checkpoint, close, needs_real_data, out_with_encoder,
                       quick_run, raises, tune)
-
 
 
 # soil_moisture.py and soil.py
@@ -232,6 +232,63 @@ def test_an_application_pretrains_with_its_readers():
     assert saved["ids"] == ["us_1", "us_2", "us_9"] and saved["step"] == 2
 
 
+# ensembles.py
+
+def test_interval_scores_equal_their_formulas():
+    rng = np.random.default_rng(0)
+    obs, members = rng.standard_normal(50), rng.standard_normal((7, 50))
+    low, high = members.min(0), members.max(0)
+    pairs = abs(members[:, None] - members).mean((0, 1))    # all K^2 of them
+    crps = abs(members - obs).mean(0) - pairs / 2
+    close(ensembles.interval_scores(np.append(obs, nan), *np.pad([low, high], ((0, 0), (0, 1))),
+                                    np.pad(members, ((0, 0), (0, 1)))),
+          {"coverage": ((low <= obs) & (obs <= high)).mean(), "width": (high - low).mean(),
+           "mae": abs(np.median(members, 0) - obs).mean(), "crps": crps.mean()})
+    one = ensembles.interval_scores(obs, obs, obs, obs[None] + 1)
+    assert np.isclose(one["crps"], 1) and np.isclose(one["mae"], 1)     # of one: its mae
+
+
+def test_the_median_of_the_seeds_has_a_row_of_its_own():
+    out = out_with_encoder()
+    tune("--model resconn,lstm --allow-overlap", out)     # one seed: only both kinds together
+    models, = ensembles.load_ensembles(out).values()
+    assert [*models][2:] == [" + ".join([*models][:2]) + ", median"]
+    tune("--model resconn,lstm --seeds 3 --allow-overlap", out)
+    models, = ensembles.load_ensembles(out).values()
+    *both, one, other, all_of_them = models
+    assert {one, other} == {"lstm, median", "resconn, median"}
+    assert all_of_them == " + ".join(both) + ", median"
+    run, = models[all_of_them]
+    sims = [run["sim"] for name in ("resconn", "lstm") for run in models[name]]
+    assert np.array_equal(run["sim"], np.median(sims, 0)) and run["baseline"] == "lstm, median"
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        ensembles.main(["--out", out])
+    assert text.getvalue().count("gain over lstm, median") == 2
+    tune("--model resconn,lstm --seeds 2 --draw 1", out)    # of the same sites: a choice of them
+    found = ensembles.load_ensembles(out).values()
+    assert sum("chosen by validation, median" in models for models in found) == 1
+    tune("--model lstm --seeds 2 --labelled 20", out)       # of other sites each: no ensemble
+    found = ensembles.load_ensembles(out).values()
+    assert sum("lstm, median" in models for models in found) == 2
+
+
+def test_the_best_mixture_is_that_of_the_validation_sites():
+    obs = np.random.default_rng(0).gamma(1.0, 3, (4, 50))
+
+    def run(model, sim):
+        return dict(model=model, scoring="series", setting="x", validation_ids=np.arange(4),
+                    validation_obs=obs, validation_sim=sim)
+    high, low, far = run("high", obs + 1), run("low", obs - 1), run("far", obs[::-1] * 3)
+    chosen, tried = ensembles.best_mixture([high, far, low])
+    assert [run["model"] for run in chosen] == ["high", "low"] and len(tried) == 7
+    assert tried["high", "low"] == 1 > tried["high",] == tried["low",]
+    chosen, _ = ensembles.best_mixture([high, run("high", obs), far])    # all seeds of a kind
+    assert [run["model"] for run in chosen] == ["high", "high"]
+    scores = iter([nan, 0.1, 0.5])                          # of both, high, low
+    with mock.patch.dict(evaluate.SCORINGS, series=lambda obs, sim: {"x": next(scores)}):
+        assert ensembles.best_mixture([high, low])[0] == [low]       # no score is no best
+
+
 # predict.py and embeddings.py
 
 def own_basins(n=12):
@@ -262,7 +319,7 @@ def test_basins_of_your_own_go_from_nothing_to_predictions():
     runs = [dict(np.load(path), model=path.name.split(", ")[1], scoring="series", path=path)
             for path in sorted(Path(out, "runs").glob("*.npz"))]
     assert len(runs) == 4
-    chosen, tried = evaluate.best_mixture(runs)             # at the validation sites
+    chosen, tried = ensembles.best_mixture(runs)             # at the validation sites
     assert len(tried) == 3 and len(chosen) >= 2
     members = [finetune.load(run["path"].with_suffix(".pt")) for run in chosen]
     loaded = data.load(f"csv:{folder}", cache=None)
@@ -331,7 +388,7 @@ def test_intervals_are_checked_at_held_out_sites():
     tune("--model lstm --seeds 2 --fold 1", out)
     runs = [run for models in evaluate.load_runs(out).values() for run in models["lstm"]]
     apart = [dict(run, validation_ids=run["validation_ids"] + str(k)) for k, run in enumerate(runs)]
-    raises(ValueError, "run finetune.py with --draw 0", evaluate.common_validation, apart)
+    raises(ValueError, "run finetune.py with --draw 0", ensembles.common_validation, apart)
 
 
 def test_flow_is_learned_as_a_share_of_the_climatic_mean():
