@@ -408,7 +408,7 @@ def main(argv=None):
     before = {number: signal.getsignal(number) for number in STOPS}
     try:
         train(o, data.load(o.data, cache=Path(o.out, "cache"), quick=o.quick))
-    finally:                                                # to whoever has called, as in a notebook
+    finally:                                                # to the caller, as a notebook
         for number, handler in before.items():
             signal.signal(number, handler)
 
