@@ -73,10 +73,12 @@ def ratio(a, b):
 
 def series_scores(obs, sim):
     """Of daily series (sites, days): medians over the sites of their metrics, but for the mean of
-    NSE clipped to ±1 and the share of sites whose NSE is below 0."""
+    NSE clipped to ±1, over all and over the worst tenth, and the share of sites below 0."""
     sites = [site_metrics(o, s) for o, s in zip(obs, sim)]
     nse = np.array([scores["nse"] for scores in sites])
-    result = {"clipped": np.nanmean(nse.clip(-1, 1))}
+    clipped = np.sort(nse.clip(-1, 1))                      # NaN last
+    tenth = max(round(np.isfinite(nse).sum() / 10), 1)
+    result = {"clipped": np.nanmean(clipped), "worst tenth": np.nanmean(clipped[:tenth])}
     for name in ("nse", "kge", "corr", "rmse", "ubrmse", "fhv"):
         result[name] = np.nanmedian([scores[name] for scores in sites])
     return result | {"below 0": (nse < 0).sum() / max(np.isfinite(nse).sum(), 1)}

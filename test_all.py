@@ -985,6 +985,9 @@ def test_scores_of_series_are_medians_over_sites():
     scores = evaluate.series_scores(obs, sim)
     assert scores["nse"] == np.median(nse) and scores["below 0"] == (nse < 0).mean() > 0
     assert np.isclose(scores["clipped"], nse.clip(-1, 1).mean()) and next(iter(scores)) == "clipped"
+    assert scores["worst tenth"] == max(nse.min(), -1)      # one of nine
+    many = evaluate.series_scores(np.tile(obs, (4, 1)), np.tile(sim, (4, 1)))   # four of 36
+    assert np.isclose(many["worst tenth"], max(nse.min(), -1))
     assert evaluate.series_scores(obs[:1], -sim[:1])["below 0"] == 1
 
 
