@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 import data
-from applications.ensembles import load_ensembles
-from eval import per_site
+from eval import load_runs, per_site
 from model import Masks
 from train import Windows, load_checkpoint
 
@@ -229,7 +228,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of runs/ and pretrained.pt [out]")
     folder = Path(parser.parse_args(argv).out)
-    runs, checkpoint = load_ensembles(folder), folder / "pretrained.pt"
+    runs, checkpoint = load_runs(folder), folder / "pretrained.pt"
     if not runs and not checkpoint.is_file():
         raise FileNotFoundError(f"no {folder}/runs/*.npz, no {checkpoint}: start with train.py")
     names = set().union(*runs.values())
