@@ -11,9 +11,9 @@ Axes: B sites in a batch, T days, C dynamic variables, S static attributes, D wi
 """
 
 import math
+from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -43,21 +43,16 @@ class Config:
     p_location: float = 0.6        # chance that the location is hidden
 
 
-PRESETS = {"small": dict(d_model=64, n_heads=2, n_layers=2, d_ff=128),
-           "paper": dict(d_model=256, n_heads=4, n_layers=4, d_ff=512)}
+PRESETS = {"small": {}, "paper": dict(d_model=256, n_heads=4, n_layers=4, d_ff=512)}
 NEVER_HIDDEN = "context"
 
 
-class Masks(NamedTuple):
-    """What is hidden of a batch: True = hidden; False alone = nothing."""
-    dynamic: torch.Tensor = False  # (B, T, C)
-    static: torch.Tensor = False   # (B, S)
-    location: torch.Tensor = False     # (B,)
+# What is hidden of a batch: bool (B, T, C), (B, S) and (B,), True = hidden; False alone = nothing.
+Masks = namedtuple("Masks", "dynamic static location", defaults=(False, False, False))
 
 
 class StefaLand(nn.Module):
     """The masked autoencoder. forward() scores hidden entries; read() serves downstream heads."""
-    levels = 2
 
     def __init__(self, config):
         super().__init__()
@@ -92,10 +87,8 @@ class StefaLand(nn.Module):
 
     def encode(self, forcing, static, latlon=None, day_of_year=None, hidden=Masks()):
         """Embedding of each day and, last, of the site: (B, T, C), (B, S) -> (B, T+1, D) (A.4).
-
         Inputs are standardised, NaN = missing; latlon (B, 2) in degrees, day_of_year (B, T) from 1;
-        None = not given. ValueError on a wrong number of variables or too long a window.
-        """
+        None = not given. ValueError on a wrong number of variables or too long a window."""
         return self.infer(self.embed(forcing, static, latlon, day_of_year, hidden))
 
     def infer(self, x):
@@ -105,7 +98,7 @@ class StefaLand(nn.Module):
         return self.project(self.dropout(x))
 
     def read(self, *inputs):
-        """E, for downstream heads: the tokens before the layers and after, (B, T+1, levels D)."""
+        """E, for downstream heads: the tokens before the layers and after, (B, T+1, 2 D)."""
         tokens = self.embed(*inputs)
         return torch.cat([tokens, self.infer(tokens)], -1)
 
@@ -117,9 +110,7 @@ class StefaLand(nn.Module):
 
     def forward(self, forcing, static, latlon, day_of_year, hidden):
         """Squared error summed over entries that are hidden *and observed*, and their number.
-
-        Two tensors (2,): dynamic and static. masked_loss() makes the objective of them.
-        """
+        Two tensors (2,): dynamic and static. masked_loss() makes the objective of them."""
         encoded = self.encode(forcing, static, latlon, day_of_year, hidden)
         dynamic_guess, static_guess = self.decode(encoded)
         dynamic_sum, dynamic_count = squared_error(dynamic_guess, forcing, hidden.dynamic)
@@ -144,16 +135,12 @@ class StefaLand(nn.Module):
 
     def check(self, forcing, static):
         """ValueError on inputs the network has no place for."""
-        (B, T, C), (sites, S), c = forcing.shape, static.shape, self.config
+        (_, T, C), (_, S), c = forcing.shape, static.shape, self.config
         if (C, S) != (len(c.dynamic_names), len(c.static_names)):
             raise ValueError(f"{C} dynamic and {S} static variables, expected {c.dynamic_names} "
                              f"and {c.static_names}")
         if T > c.max_days:
             raise ValueError(f"a window of {T} days, positions end at {c.max_days}")
-        if B != sites:
-            raise ValueError(f"forcing of {B} sites, static attributes of {sites}")
-        if forcing.isnan().all() and static.isnan().all():
-            raise ValueError("every value is missing (NaN)")
 
 
 def draw_groups(groups, chance, uniform, *shape):
@@ -181,10 +168,8 @@ def masked_loss(errors, counts):
 
 class VariableEmbedding(nn.Module):
     """One two-layer map per variable, summed (A.1): (..., V) values -> (..., D) token.
-
     token = sum over variables v of   w2_v gelu(x_v w1_v + b1_v) + b2_v   where v is seen,
-                                      mask_vector_v                       where it is hidden.
-    """
+                                      mask_vector_v                       where it is hidden."""
 
     def __init__(self, n_variables, d_model, d_hidden):
         super().__init__()
@@ -240,10 +225,8 @@ class LocationEncoding(nn.Module):
 
 def spherical_harmonics(latlon, degree):
     """Real orthonormal spherical harmonics of degrees 0..degree: (B, 2) -> (B, (degree+1)^2).
-
     In double precision, by the recurrence in degree, which is stable for normalised Legendre
-    functions (Holmes and Featherstone 2002, doi 10.1007/s00190-002-0216-2).
-    """
+    functions (Holmes and Featherstone 2002, doi 10.1007/s00190-002-0216-2)."""
     lat, lon = latlon.double().deg2rad().unbind(-1)
     basis = [None] * (degree + 1) ** 2      # degree n: sines at n^2 + n - m, cosines at n^2 + n + m
     first = torch.full_like(lat, (4 * math.pi) ** -0.5)     # Legendre function of degree m, order m

@@ -19,6 +19,7 @@ from applications.dynamic_world import normalize, read_scenes
 from data import check
 
 SIZE, MARGIN = 20, 10                       # pixels along a block, and seen round it
+MARGINS = np.pad(np.zeros((SIZE, SIZE), bool), MARGIN, constant_values=True)    # (H, W)
 
 
 @dataclass
@@ -29,27 +30,20 @@ class Blocks:
     image: np.ndarray      # (N, C, H, W) float32
     target: np.ndarray     # (N, H, W) float32, m or class; NaN in the margin and where not known
 
-    def take(self, index):
-        """Some of the blocks."""
-        return Blocks(self.ids[index], self.latlon[index], self.image[index], self.target[index])
-
 
 def load(spec, task):
     """"synthetic", "tiles:DIR" or "s2:DIR", to learn height or landcover -> Blocks."""
     kind, _, folder = spec.partition(":")
     check(kind in READERS, f"--data {spec}: expected synthetic, tiles:DIR or s2:DIR")
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"--data {spec}: no folder '{folder}'")
+    check(Path(folder).is_dir(), f"--data {spec}: no folder '{folder}'", FileNotFoundError)
     image, target = READERS[kind](Path(folder), task)
     if task == "landcover":
-        classes = np.unique(target[~np.isnan(target)])
-        wrong = classes[(classes < 0) | (classes % 1 != 0)]
-        check(len(wrong) == 0, f"--data {spec}: the classes {wrong}, expected 0, 1, 2 and so on; "
+        wrong = target[(target < 0) | (target % 1 > 0)]
+        check(len(wrong) == 0, f"--data {spec}: the class {wrong[:1]}, expected 0, 1, 2 and so on; "
                                "no data is NaN or below -998")
     blocks = cut(image, target, spec)
-    channels, height, width = image.shape
-    print(f"{spec}: {channels} channels of {height} x {width} pixels, {np.isfinite(target).sum()} "
-          f"of known {task}, in {len(blocks.ids)} blocks")
+    print(f"{spec}: an image of {image.shape} channels and pixels, {np.isfinite(target).sum()} of "
+          f"known {task}, in {len(blocks.ids)} blocks")
     return blocks
 
 
@@ -63,20 +57,15 @@ def cut(image, target, name):
     pad = [(MARGIN, MARGIN + -length % SIZE) for length in target.shape]
     image = np.pad(image.astype(np.float32), [(0, 0), *pad], mode="edge")
     target = np.pad(target.astype(np.float32), pad, constant_values=np.nan)
-    side = SIZE + 2 * MARGIN
-    images = sliding_window_view(image, (side, side), (1, 2))[:, ::SIZE, ::SIZE]
-    images = np.moveaxis(images, 0, 2)                      # (rows, columns, C, H, W)
-    targets = sliding_window_view(target, (side, side))[::SIZE, ::SIZE]
-    targets = targets.reshape(-1, side, side)                                   # (N, H, W)
-    margin = np.pad(np.zeros((SIZE, SIZE), bool), MARGIN, constant_values=True)
-    ids, latlon = [], []
-    for i, j in np.ndindex(images.shape[:2]):
-        ids.append(f"block_{i:02d}_{j:02d}")
-        latlon.append((-0.002 * i, 0.002 * j))              # 20 pixels of 10 m are 0.0018 degrees
-    latlon = np.array(latlon, np.float32)
+    both, side = np.concatenate([image, target[None]]), SIZE + 2 * MARGIN       # (C+1, …)
+    both = sliding_window_view(both, (side, side), (1, 2))[:, ::SIZE, ::SIZE]
+    places = [*np.ndindex(both.shape[1:3])]                 # row and column of each block
+    both = np.moveaxis(both, 0, 2).reshape(len(places), -1, side, side)         # (N, C+1, H, W)
+    target = np.where(MARGINS, np.float32(np.nan), both[:, -1])                 # (N, H, W)
+    ids = np.array([f"block_{i:02d}_{j:02d}" for i, j in places])
+    latlon = np.float32(np.array(places) * (-0.002, 0.002))     # 20 pixels of 10 m: 0.0018 degrees
     latlon[:, 1] = (latlon[:, 1] + 180) % 360 - 180         # rounded as by data.assemble
-    return Blocks(np.array(ids), latlon, images.reshape(-1, len(image), side, side),
-                  np.where(margin, np.float32(np.nan), targets))
+    return Blocks(ids, latlon, both[:, :-1], target)
 
 
 def split(blocks, fold_of, fold, rng):
@@ -113,8 +102,7 @@ def read_s2(folder, task):
     _, scenes, clear = read_scenes(folder)
     path, cloudless = one_file(folder, "*.npz"), clear.all((1, 2))              # (T,)
     check(cloudless.any(), f"{path}: clouds in each of {len(clear)} scenes, expected one without")
-    image = normalize(scenes[cloudless]).transpose(0, 3, 1, 2)                  # (T, 9, H, W)
-    image = image.reshape(-1, *image.shape[2:])                                 # (T * 9, H, W)
+    image = np.concatenate(normalize(scenes[cloudless]).transpose(0, 3, 1, 2))  # (T * 9, H, W)
     maps = read_npz(path, dem="hw", lulc="hw")
     if task == "height":
         return image, maps["dem"]

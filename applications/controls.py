@@ -6,75 +6,88 @@
 raw: in place of E all that the encoder reads, as it is: weather, attributes, place, season.
 untrained: E of an encoder with the random weights that pretraining begins with.
 shallow, deep: E from before the encoder's layers only, or only from after them.
-noresconn: E without the residual path; linear: each day's E by itself.
+noresconn: E without the residual path; linear: noresconn, but each day by itself, no LSTM.
+scratch: the encoder learns from random weights, with the rest; direct: from the pretrained ones,
+without the residual path. Both are slow, and only run if --model names them.
 lstm-hiding: lstm that in training had groups of attributes hidden, as the encoder had.
 """
 
-import math
-from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 
-import data
-import finetune
-from applications import common
-from model import draw_groups, spherical_harmonics
+from data import command, groups
+from finetune import VARIANTS, Predictor, Variant, fill_and_flag, main
+from model import Config, draw_groups, spherical_harmonics
 
 
 class Inputs(nn.Module):
     """In place of the encoder: what it reads, side by side, missing values flagged."""
-    levels = 1
 
     def __init__(self, config):
         super().__init__()
-        n_day, n_static = 2 * len(config.dynamic_names) + 2, 2 * len(config.static_names)
-        self.config = replace(config, d_model=n_day + n_static + (config.degree + 1) ** 2)
+        self.config = c = config
+        c.d_model = 2 * len(c.dynamic_names + c.static_names) + 2 + (c.degree + 1) ** 2
 
     def read(self, forcing, static, latlon, day_of_year):
-        """As StefaLand.read: days fill the first columns, and the site, last, the others."""
-        angle = day_of_year[..., None] * (2 * math.pi / 365.25)                 # (B, T, 1)
-        days = torch.cat([finetune.fill_and_flag(forcing), angle.sin(), angle.cos()], -1)
-        place = spherical_harmonics(latlon.nan_to_num(), self.config.degree).to(static.dtype)
-        site = torch.cat([finetune.fill_and_flag(static), place], -1)[:, None]
-        days = nn.functional.pad(days, (0, site.shape[-1]))                     # (B, T, D)
-        site = nn.functional.pad(site, (self.config.d_model - site.shape[-1], 0))
-        return torch.cat([days, site], 1)                                       # (B, T+1, D)
+        """As StefaLand.read: (B, T+1, 2 D). Days fill the first columns, the site, last, the
+        others of D; there are no layers, and the D after them are zeros."""
+        angle, D = day_of_year[..., None] * (2 * torch.pi / 365.25), self.config.d_model
+        days = torch.cat([fill_and_flag(forcing), angle.sin(), angle.cos()], -1)
+        place = spherical_harmonics(latlon.nan_to_num(), self.config.degree)
+        site = torch.cat([fill_and_flag(static), place], -1)[:, None]
+        days = nn.functional.pad(days, (0, 2 * D - days.shape[-1]))             # (B, T, 2 D)
+        site = nn.functional.pad(site, (D - site.shape[-1], D))                 # (B, 1, 2 D)
+        return torch.cat([days, site], 1)
 
 
-class HidingPredictor(finetune.Predictor):
+class Raw(Predictor):
+    """The encoder's inputs in place of E."""
+
+    def __init__(self, settings, encoder=None):
+        super().__init__(settings, Inputs(Config(**settings["config"])))
+
+
+class Untrained(Predictor):
+    """E of an encoder of the same shape that never learned anything."""
+
+    def __init__(self, settings, encoder=None):
+        super().__init__(settings, None)
+
+
+class OneLevel(Predictor):
+    """E from before the encoder's layers, or from after them, at shares that are not learned."""
+
+    def __init__(self, settings, encoder=None):
+        super().__init__(settings, encoder)
+        self.gain = nn.Parameter(torch.tensor(GAINS[settings["variant"]]), requires_grad=False)
+
+
+class Linear(Predictor):
+    """A line in place of the LSTM, which stands idle."""
+
+    def head(self, x):
+        return self.output(x)[..., 0]                                           # (L, B)
+
+
+class Hiding(Predictor):
     """In training each group of attributes of a window is hidden with the chance of 0.3."""
 
-    def forward(self, e, forcing, static, extra):
+    def residual(self, forcing, static):
         if self.training:
-            groups = data.groups(self.settings["static_names"])
-            hidden = draw_groups(groups, 0.3, torch.rand, len(static))          # (B, S)
-            static = static.masked_fill(hidden.to(static.device), math.nan)
-        return super().forward(e, forcing, static, extra)
+            hide = draw_groups(groups(self.settings["static_names"]), 0.3, torch.rand, len(static))
+            static = static.masked_fill(hide.to(static.device), torch.nan)     # (B, S)
+        return super().residual(forcing, static)
 
 
-def fixed_gains(*gains):
-    """A predictor whose shares of E's parts are given: days, site before the layers, and after."""
-    class FixedPredictor(finetune.Predictor):
-        def __init__(self, settings, encoder=None):
-            super().__init__(settings, encoder)
-            self.gain = nn.Parameter(torch.tensor(gains), requires_grad=False)
-    return FixedPredictor
-
-
-finetune.VARIANTS["shallow"] = finetune.Variant(network=fixed_gains(1.0, 1.0, 0.0, 0.0))
-finetune.VARIANTS["deep"] = finetune.Variant(network=fixed_gains(0.0, 0.0, 1.0, 1.0))
-finetune.VARIANTS["lstm-hiding"] = replace(finetune.VARIANTS["lstm"], network=HidingPredictor)
-finetune.VARIANTS["raw"] = finetune.Variant("untrained", encoder=Inputs)
-finetune.VARIANTS["untrained"] = finetune.Variant("untrained")
-
-
-@dataclass
-class Options(finetune.Options):
-    model: str = finetune.option(
-        "model", "resconn,shallow,deep,raw,untrained,noresconn,linear,lstm,lstm-hiding",
-        "of finetune.VARIANTS, joined by commas")
-
+# shares of day and site before the layers, of day and site after them
+GAINS = {"shallow": (1.0, 1.0, 0.0, 0.0), "deep": (0.0, 0.0, 1.0, 1.0)}
+VARIANTS |= {"noresconn": Variant(inputs=()), "scratch": Variant(embedding="random"),
+             "direct": Variant(embedding="tuned", inputs=()), "linear": Variant(Linear, inputs=()),
+             "raw": Variant(Raw), "untrained": Variant(Untrained), "shallow": Variant(OneLevel),
+             "deep": Variant(OneLevel), "lstm-hiding": VARIANTS["lstm"]._replace(network=Hiding)}
+MODELS = "resconn,shallow,deep,raw,untrained,noresconn,linear,lstm,lstm-hiding"
 
 if __name__ == "__main__":
-    common.main("streamflow", __doc__, Options)
+    command(partial(main, models=MODELS, description=__doc__))

@@ -2,12 +2,16 @@
 
     python -m applications.dynamic_world                                    a synthetic year
     python -m applications.dynamic_world SCENES --weights DIR --plot        real scenes, a figure
+    python -m applications.dynamic_world SCENES --weights DIR --offset -0.1     of 2022 and later
 
-SCENES is a folder with an npz of dated scenes (see read_scenes). DIR is the folder model/forward of
-github.com/google/dynamicworld (Apache-2.0), of which variables/ is enough; without it the network
-is initialised at random. Printed are the shares of the classes by month, for clear pixels and, for
-comparison, for all of them: the network takes clouds for snow and crops. --plot draws
-OUT/landcover.png. Network and normalisation: Brown et al. 2022, doi 10.1038/s41597-022-01307-4.
+SCENES is a folder with an npz of dated scenes (see read_scenes). Since January 2022 (processing
+baseline 04.00) the numbers of Sentinel-2 products are 1,000 higher than before, reflectance 0.1:
+--offset -0.1 takes that off, unless it was done already, as in harmonised collections. DIR is the
+folder model/forward of github.com/google/dynamicworld (Apache-2.0), of which variables/ is enough;
+without it the network is initialised at random. Printed are the shares of the classes by month, for
+clear pixels and, for comparison, for all of them: the network takes clouds for snow and crops.
+--plot draws OUT/landcover.png. Network and normalisation: Brown et al. 2022, doi
+10.1038/s41597-022-01307-4.
 
 This file needs torch and numpy only (matplotlib for --plot) and can be copied alone:
 
@@ -20,13 +24,11 @@ Axes: B scenes in a batch, T dates, H W pixels, 9 bands or classes.
 
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 CLASSES = ("water", "trees", "grass", "flooded vegetation", "crops", "shrub & scrub", "built",
            "bare", "snow & ice")
@@ -54,10 +56,10 @@ class DynamicWorld(nn.Module):
         """(B, 9, H, W) as from normalize() -> logits of CLASSES (B, 9, H, W); H, W at least 2."""
         H, W = x.shape[-2:]
         x = self.stem(x)                                                        # (B, 64, H, W)
-        x = F.interpolate(x, (H // 2, W // 2), mode="bilinear", antialias=True)
+        x = nn.functional.interpolate(x, (H // 2, W // 2), mode="bilinear", antialias=True)
         x = torch.cat([self.block2(self.block1(x)), self.side(x)], 1)           # (B, 192, H/2, W/2)
-        x = F.interpolate(self.block3(x), (H, W), mode="bilinear")              # (B, 144, H, W)
-        return self.output(F.normalize(x, dim=1))                               # (B, 9, H, W)
+        x = nn.functional.interpolate(self.block3(x), (H, W), mode="bilinear")     # (B, 144, H, W)
+        return self.output(nn.functional.normalize(x, dim=1))                   # (B, 9, H, W)
 
     @classmethod
     def from_release(cls, path):
@@ -70,8 +72,7 @@ class DynamicWorld(nn.Module):
         tensors = model.tensors_as_released()
         sizes = [tensor.numel() for tensor in tensors]
         values = np.fromfile(file, "<f4", sum(sizes))       # the weights come first in the file
-        if len(values) != sum(sizes):
-            raise ValueError(f"{file}: holds {len(values)} values, expected {sum(sizes)}")
+        check(len(values) == sum(sizes), f"{file}: {len(values)} values, expected {sum(sizes)}")
         for tensor, part in zip(tensors, torch.from_numpy(values).split(sizes)):
             if tensor.dim() == 4:                           # stored with the channels last
                 tensor = tensor.permute(2, 3, 1, 0)                             # (kh, kw, in, out)
@@ -123,12 +124,9 @@ def normalize(reflectance):
 @torch.no_grad()
 def classify(network, scenes):
     """The likeliest class of every pixel: scenes (T, H, W, 9) x 10,000 -> 0..8 (T, H, W)."""
-    classes = []
-    for scene in scenes:
-        # a pixel without data (NaN) becomes what the convolutions see beyond the border: zeros
-        x = torch.from_numpy(np.nan_to_num(normalize(scene))).permute(2, 0, 1)  # (9, H, W)
-        classes.append(network(x[None])[0].argmax(0).numpy())                   # (H, W)
-    return np.stack(classes)                                                    # (T, H, W)
+    # a pixel without data (NaN) becomes what the convolutions see beyond the border: zeros
+    images = [torch.from_numpy(np.nan_to_num(normalize(scene))) for scene in scenes]    # (H, W, 9)
+    return torch.cat([network(x.permute(2, 0, 1)[None]).argmax(1) for x in images]).numpy()
 
 
 def monthly(classes, clear, dates):
@@ -148,69 +146,75 @@ def monthly(classes, clear, dates):
     return months | {"all": rows.mean(0).filled(np.nan)}
 
 
-def read_scenes(folder):
+def read_scenes(folder, offset=0.0):
     """Scenes by date from a folder's npz: dates (T,), scenes (T, H, W, 9), clear (T, H, W).
 
     Arrays as eo-learn names them: reflectance s2_l1c (T, H, W, K), s2_bands (K,), s2_dates (T,) and
-    perhaps cloud masks clm (0 = clear) of ndvi_dates; a scene that has no mask counts as clear.
-    Scenes come x 10,000, NaN without data. FileNotFoundError, or ValueError on what is not so.
+    perhaps cloud masks clm (U, H, W), 0 = clear, of ndvi_dates (U,). Scenes come x 10,000, NaN
+    where nothing was seen: NaN, infinite, negative, or 0 in all bands. `offset` is added to the
+    reflectance. FileNotFoundError, or ValueError on what is not so.
     """
-    paths = sorted(Path(folder).glob("*.npz"))
-    if not paths:
-        raise FileNotFoundError(f"{folder}: no file *.npz, expected one of dated scenes")
-    path, arrays = paths[0], read_npz(paths[0])
-    reflectance = take(arrays, path, "s2_l1c", ("T", "H", "W", "K"))
-    T, H, W, K = reflectance.shape
-    bands = take(arrays, path, "s2_bands", (K,), text=True)
-    times = take(arrays, path, "s2_dates", (T,), text=True)
-    if not set(BANDS) <= set(bands):
-        raise ValueError(f"{path}: s2_bands is {bands}, expected {[*BANDS]} among them")
-    scenes = 1e4 * reflectance[..., [bands.index(band) for band in BANDS]]      # (T, H, W, 9)
-    clear = (scenes > -1).all(-1)                           # neither NaN nor a number that means it
-    scenes[~clear] = np.nan
-    if "clm" in arrays:
-        mask_times = take(arrays, path, "ndvi_dates", ("U",), text=True)
-        masks = take(arrays, path, "clm", (len(mask_times), H, W))
-        for time, mask in zip(mask_times, masks):
-            clear[np.array(times) == time] &= mask == 0     # the scene of that time, if any
-    dates = np.array([to_date(time, path) for time in times], "datetime64[D]")
-    order = np.argsort(dates, kind="stable")
-    return dates[order], scenes[order], clear[order]
-
-
-def read_npz(path):
-    """{name: array} of an npz; ValueError if it is damaged or none."""
+    path = min(Path(folder).glob("*.npz"), default=None)    # the first by name
+    check(path, f"{folder}: no file *.npz, expected one of dated scenes", FileNotFoundError)
     try:
-        with np.load(path) as arrays:
-            return dict(arrays)
+        arrays = dict(np.load(path))
     except Exception as error:                              # a damaged file may raise anything
-        raise ValueError(f"{path} is no npz, or damaged: {error}") from error
+        raise ValueError(f"{path} is no npz, or damaged: {error}") from None
+    wanted = ["s2_l1c", "s2_bands", "s2_dates"]
+    check({*wanted} <= {*arrays}, f"{path}: the arrays {[*arrays]}, expected {wanted} among them")
+    x, bands, times = [arrays[name] for name in wanted]
+    check(x.dtype.kind in "iuf" and x.ndim == 4 and x.shape[::3] == times.shape + bands.shape,
+          f"{path}: s2_l1c holds {x.dtype} {x.shape}, s2_bands {bands.shape}, s2_dates "
+          f"{times.shape}; expected numbers (T, H, W, K), (K,) and (T,)")
+    bands, times = bands.astype(str).tolist(), to_times(times, f"{path}: s2_dates")
+    check({*BANDS} <= {*bands}, f"{path}: s2_bands is {bands}, expected {[*BANDS]} among them")
+    x = x[..., [bands.index(band) for band in BANDS]]                           # (T, H, W, 9)
+    seen = (np.isfinite(x) & (x > -1e-4)).all(-1) & (x != 0).any(-1)            # (T, H, W)
+    check(seen.any(), f"{path}: s2_l1c has no pixel that is neither 0, nor negative, nor NaN")
+    check(np.median(x[seen]) <= 2, f"{path}: the median of s2_l1c is {np.median(x[seen]):g}, that "
+          "of digital numbers; expected reflectance: divide by 10,000")
+    scenes = 1e4 * np.where(seen[..., None], np.maximum(x + offset, 0), np.nan)
+    clear = seen & ~cloudy(arrays, path, times, x.shape[1:3])
+    order = np.argsort(times, kind="stable")
+    return times[order].astype("datetime64[D]"), scenes[order], clear[order]
 
 
-def take(arrays, path, name, shape, text=False):
-    """arrays[name], as a list of strings if text; ValueError if it is not there or does not fit.
+def cloudy(arrays, path, times, size):
+    """Where a mask shows clouds in the scenes of these times: (T, H, W).
 
-    shape: the length expected of every axis, or its letter where any will do.
+    A mask belongs to the scene of the same second, or of the same day if either is a date alone.
+    Printed is how many scenes and masks have no match, and the first three.
     """
-    if name not in arrays:
-        raise ValueError(f"{path}: no array {name}, it has {[*arrays]}")
-    values = arrays[name]
-    fits = [isinstance(n, str) or n == length for n, length in zip(shape, values.shape)]
-    if values.ndim != len(shape) or values.size == 0 or not all(fits):
-        raise ValueError(f"{path}: {name} has the shape {values.shape}, expected {shape}")
-    if text:
-        return values.astype(str).tolist()
-    if values.dtype.kind not in "biuf" or np.isinf(values).any():
-        raise ValueError(f"{path}: {name} is {values.dtype} with text or infinities, not numbers")
-    return values
+    mask_times, masks = times[:0], np.zeros((0, *size))                         # (U,), (U, H, W)
+    if "clm" in arrays:
+        masks = arrays["clm"]
+        mask_times = to_times(arrays.get("ndvi_dates", mask_times), f"{path}: ndvi_dates")
+    check(masks.shape == (len(mask_times), *size), f"{path}: clm has the shape {masks.shape}, "
+          f"expected {(len(mask_times), *size)} as ndvi_dates and scenes have")
+    days, mask_days = times.astype("datetime64[D]"), mask_times.astype("datetime64[D]")
+    date_alone = (times == days)[:, None] | (mask_times == mask_days)           # midnight, (T, U)
+    match = (times[:, None] == mask_times) | (days[:, None] == mask_days) & date_alone
+    unmasked, unused = times[~match.any(1)], mask_times[~match.any(0)]
+    print(f"{path}: {len(unmasked)} of {len(times)} scenes without a cloud mask, taken as clear "
+          f"{unmasked[:3]}; {len(unused)} of {len(masks)} masks without a scene {unused[:3]}")
+    return np.stack([(masks[of_scene] != 0).any(0) for of_scene in match])
 
 
-def to_date(text, path):
-    """The date that a time such as 2015-08-20T10:07:28 or 2015/08/20 begins with."""
+def to_times(values, where):
+    """Times as texts or as datetime64, (n,), with or without Z -> datetime64[s] (n,), all UTC."""
+    texts = [text.replace("/", "-").removesuffix("Z") for text in values.astype(str).ravel()]
     try:
-        return date.fromisoformat(text[:10].replace("/", "-"))
-    except ValueError:
-        raise ValueError(f"{path}: s2_dates has '{text}', expected such as 2015-08-20") from None
+        for text in texts:
+            check(text[4:8:3] == "--", f"no date in '{text}'")
+        return np.array(texts, "datetime64[s]")             # whole seconds
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}, expected 2015-08-20T10:07:28 or 2015-08-20") from None
+
+
+def check(fine, complaint, error=ValueError):
+    """Raise error(complaint) unless all is fine."""
+    if not fine:
+        raise error(complaint)
 
 
 def synthetic_scenes(rng, size=64):
@@ -226,12 +230,11 @@ def synthetic_scenes(rng, size=64):
     fields = np.stack([snow] * 2 + [soil] * 2 + [crops] * 5 + [soil] * 2 + [snow])      # (12, 9)
     rows, columns = np.indices((size, size)) / size                             # (H, W) each
     wood, lake = columns < 0.5, np.hypot(rows - 0.4, columns - 0.4) < 0.25      # (H, W)
-    scenes = np.where(wood[..., None], trees, fields[:, None, None])            # (12, H, W, 9)
-    scenes = np.where(lake[..., None], water, scenes)
     north, west = rng.random((2, 12, 1, 1))
     clear = np.hypot(rows - north, columns - west) > 0.3                        # (12, H, W)
-    scenes = np.where(clear[..., None], scenes, cloud) * rng.uniform(0.9, 1.1, scenes.shape)
-    return dates, 1e4 * scenes, clear
+    scenes = np.select([~clear[..., None], lake[..., None], wood[..., None]],
+                       [cloud, water, trees], fields[:, None, None])            # (12, H, W, 9)
+    return dates, 1e4 * (scenes * rng.uniform(0.9, 1.1, scenes.shape)), clear
 
 
 def print_months(title, months):
@@ -243,21 +246,16 @@ def print_months(title, months):
 
 def draw(path, months, dates, classes, clear):
     """Write a png: the rows of monthly() as bars, then a map of each scene's classes (T, H, W)."""
-    try:
-        from matplotlib.colors import ListedColormap
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
     rows = 1 + len(dates) // 6                              # of six panels, the bars are the first
     figure = Figure((18, 3 * rows + 0.5), layout="constrained")
     bars = figure.add_subplot(rows, 6, 1, title="share of clear pixels")
     shares = np.array([*months.values()]).T                                     # (10, months)
     for k, name in enumerate(CLASSES):
-        bars.bar([*months], shares[k], bottom=shares[:k].sum(0), color=COLOURS[k], label=name)
-    bars.tick_params(axis="x", rotation=90)
+        bars.barh([*months], shares[k], left=shares[:k].sum(0), color=COLOURS[k], label=name)
     for t, day in enumerate(dates):
-        title = f"{day}, {clear[t].mean():.0%} clear"
-        axis = figure.add_subplot(rows, 6, 2 + t, xticks=[], yticks=[], title=title)
+        axis = figure.add_subplot(rows, 6, 2 + t, title=f"{day}, {clear[t].mean():.0%} clear")
         axis.imshow(classes[t], ListedColormap(COLOURS), vmin=0, vmax=8, interpolation="nearest")
     figure.legend(loc="outside lower center", ncols=9)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,22 +268,21 @@ def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("scenes", nargs="?", metavar="SCENES", help="folder of an npz of scenes")
     parser.add_argument("--weights", metavar="DIR", help="folder of the released weights")
+    parser.add_argument("--offset", type=float, default=0, help="added to reflectance: 0 or -0.1")
     parser.add_argument("--plot", action="store_true", help="draw landcover.png (with matplotlib)")
-    parser.add_argument("--out", default="out", help="folder that the figure goes to")
+    parser.add_argument("--out", default="out", help="folder that the figure goes to [out]")
     o = parser.parse_args(argv)
-    rng = np.random.default_rng(0)
-    dates, scenes, clear = read_scenes(o.scenes) if o.scenes else synthetic_scenes(rng)
-    if not o.scenes:
-        print("no SCENES given: a synthetic year of a lake, a wood and fields")
+    check(-1 < o.offset <= 0, f"--offset {o.offset:g}: expected 0 or -0.1")
+    print("scenes: ", o.scenes or "a synthetic year of a lake, a wood and fields")
+    print("weights:", o.weights or "none, the network is initialised at random: no class is right")
     torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    dates, scenes, clear = read_scenes(o.scenes, o.offset) if o.scenes else synthetic_scenes(rng)
     network = DynamicWorld.from_release(o.weights) if o.weights else DynamicWorld().eval()
-    if not o.weights:
-        print("no --weights given: the network is initialised at random, its classes mean nothing")
     classes = classify(network, scenes)                                         # (T, H, W)
-    measured = ~np.isnan(scenes[..., 0])                                        # (T, H, W)
     months = monthly(classes, clear, dates)
     print_months("clear pixels", months)
-    print_months("all pixels, clouds too", monthly(classes, measured, dates))
+    print_months("all pixels, clouds too", monthly(classes, ~np.isnan(scenes[..., 0]), dates))
     if o.plot:
         draw(Path(o.out, "landcover.png"), months, dates, classes, clear)
 
@@ -293,6 +290,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:     # of matplotlib
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

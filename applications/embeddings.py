@@ -1,132 +1,84 @@
 """The frozen embedding of every site as a table, to be used elsewhere: in sklearn, in a GIS.
 
-    python -m applications.embeddings caravan:DIR [--out out] [--checkpoint FILE]
+    python -m applications.embeddings caravan:DIR [--out out] [--checkpoint FILE] [--map]
 
 Writes out/embeddings/NAME.npz and .csv: id, lat, lon, the D values of the site token and the D of
-the mean day of the first year of its record; and with matplotlib a map of their first three
-principal components. Where streamflow is known it tells whether neighbours in the embedding are
-alike in their runoff ratio, beside neighbours in attributes and on the map.
+the mean day of the first year of its record. Where streamflow is known it tells whether neighbours
+in the embedding are alike in their runoff ratio, beside neighbours in attributes and on the map.
+--map draws the first three principal components, which needs matplotlib.
 """
 
-import argparse
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import data
-from applications import alphaearth, landslide, soil, soil_moisture  # noqa: for their readers
-from model import StefaLand
-from train import Windows, load_checkpoint
-
-
-@torch.no_grad()
-def embed(sites, model, scaling, before=False, size=64):
-    """Site tokens and mean days, (N, D) each, after the network's layers or before them."""
-    c, read = model.eval().config, model.embed if before else model.encode
-    windows = Windows(sites, scaling, c.max_days, c.dynamic_names, c.static_names)
-    start = np.minimum(windows.first, len(sites.dates) - c.max_days)            # (N,)
-    tokens, days = [], []
-    for i in np.array_split(np.arange(len(sites.ids)), len(sites.ids) // size + 1):
-        e = read(*windows.get(i, start[i]))                                     # (B, L+1, D)
-        tokens.append(e[:, -1])
-        days.append(e[:, :-1].mean(1))
-    return torch.cat(tokens).numpy(), torch.cat(days).numpy()
-
-
-def components(vectors, k=3):
-    """First principal components, (N, k), and the share of the variance of each."""
-    centred = vectors - vectors.mean(0)
-    u, s, _ = np.linalg.svd(centred, full_matrices=False)
-    return u[:, :k] * s[:k], (s ** 2 / (s ** 2).sum())[:k]
-
-
-def standardise(values):
-    """(N, V) with mean 0 and deviation 1, missing ones 0."""
-    spread = np.nanstd(values, 0)
-    return np.nan_to_num((values - np.nanmean(values, 0)) / np.where(spread > 0, spread, 1))
+from applications.common import new_figure, save_figure
+from applications.values import embed
+from train import arrange, load_checkpoint
 
 
 def likeness(vectors, values, k=5):
-    """The correlation of each site's value (N,) with the mean of its k nearest others'."""
-    squares = (vectors ** 2).sum(1)
-    distance = squares[:, None] + squares - 2 * vectors @ vectors.T             # (N, N)
-    np.fill_diagonal(distance, np.inf)
-    nearest = np.argpartition(distance, k, 1)[:, :k]                            # (N, k)
+    """The correlation of each site's value (N,) with the mean of its k nearest others', nearest
+    in vectors (N, V) that are standardised, what is missing being the mean."""
+    x = np.ma.masked_invalid(vectors).astype(float)
+    x = torch.from_numpy(((x - x.mean(0)) / x.std(0).clip(1e-9)).filled(0))
+    distance = torch.cdist(x, x).fill_diagonal_(np.inf)                         # (N, N)
+    nearest = distance.topk(k, largest=False).indices.numpy()                   # (N, k)
     return np.corrcoef(values, values[nearest].mean(1))[0, 1]
 
 
-def runoff_ratio(sites):
-    """Mean flow over mean precipitation of the days that have both, (N,)."""
-    rain = sites.forcing[..., sites.dynamic_names.index("precipitation")]
+def compare_neighbours(sites, views):
+    """Print how alike neighbours are in mean flow over mean precipitation, in each of the views,
+    {name: (N, V)}."""
+    rain = arrange(sites.forcing, sites.dynamic_names, ("precipitation",))[..., 0]  # (N, T)
     both = ~np.isnan(rain + sites.target)
-    return (np.where(both, sites.target, 0).sum(1)
-            / np.maximum(np.where(both, rain, 0).sum(1), 1e-9))
-
-
-def compare_neighbours(sites, embeddings):
-    """Print how alike neighbours are in runoff ratio, by each idea of what a neighbour is."""
-    ratio = runoff_ratio(sites)
-    known = ~np.isnan(sites.target).all(1) & ~np.isnan(sites.latlon).any(1)
-    known &= (ratio > 0) & (ratio < 2)                      # a ratio beyond is a wrong area
-    place = data.on_sphere(sites.latlon)
-    weather = np.ma.masked_invalid(sites.forcing).mean(1).filled(np.nan)        # (N, C)
-    views = embeddings | {"attributes": sites.static, "place": place,
-                          "attributes, mean weather and place":
-                          np.hstack([sites.static, weather, place])}
-    print(f"correlation of the runoff ratio with that of the 5 nearest of {known.sum()} sites")
-    for name, vectors in views.items():
-        print(f"  by {name:<36}{likeness(standardise(vectors[known]), ratio[known]):.3f}")
+    ratio = sites.target.sum(1, where=both) / rain.sum(1, where=both).clip(1e-9)    # (N,)
+    known = (ratio > 0) & (ratio < 2) & ~np.isnan(sites.latlon).any(1)  # beyond: a wrong area
+    if known.sum() > 5:
+        print(f"correlation of the runoff ratio with that of the 5 nearest of {known.sum()} sites")
+        for name, vectors in views.items():
+            print(f"  by {name:<12}{likeness(vectors[known], ratio[known]):.3f}")
 
 
 def draw(path, sites, vectors):
-    """A map of each of the first three principal components."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no map: it needs matplotlib")
-        return
-    scores, shares = components(vectors)
-    figure = Figure((11, 3.6), layout="constrained")
+    """A map of each of the first three principal components of vectors (N, D)."""
+    u, s, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+    shares, figure = s ** 2 / (s ** 2).sum(), new_figure(12, 3.4)
     for k, axis in enumerate(figure.subplots(1, 3, sharey=True)):
-        limit = np.percentile(abs(scores[:, k]), 95)
-        axis.scatter(sites.latlon[:, 1], sites.latlon[:, 0], 12, scores[:, k], cmap="RdBu",
-                     vmin=-limit, vmax=limit, edgecolors="0.4", linewidths=0.2)
-        axis.set(title=f"component {k + 1}, {100 * shares[k]:.0f} % of the variance",
-                 xlabel="longitude (degrees)", ylabel="" if k else "latitude (degrees)")
-    data.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=90))
-    print(path)
+        dots = axis.scatter(sites.latlon[:, 1], sites.latlon[:, 0], 12, u[:, k] / u[:, k].std(),
+                            cmap="RdBu", vmin=-2, vmax=2, edgecolors="0.4", linewidths=0.2)
+        figure.colorbar(dots, ax=axis, extend="both", label="standard deviations")
+        axis.set(title=f"component {k + 1}, {shares[k]:.0%} of the variance",
+                 xlabel="longitude (degrees)", ylabel="latitude (degrees)")
+    save_figure(figure, path)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("data", help="the sites: csv:DIR, caravan:DIR …")
     parser.add_argument("--out", default="out", help="folder of pretrained.pt and embeddings [out]")
     parser.add_argument("--checkpoint", default="", help="empty: pretrained.pt in --out")
+    parser.add_argument("--map", action="store_true", help="draw it, too (matplotlib)")
     o = parser.parse_args(argv)
     sites = data.load(o.data, cache=Path(o.out, "cache"))
     model, saved = load_checkpoint(o.checkpoint or Path(o.out, "pretrained.pt"))
-    tokens, days = embed(sites, model, saved["scaling"])
+    _, _, days, tokens = embed(model, saved["scaling"], sites).numpy().swapaxes(0, 1)   # (N, D)
     kind, _, folder = o.data.partition(":")
-    path = Path(o.out, "embeddings", "-".join(filter(None, (kind, Path(folder).name))))
+    path = Path(o.out, "embeddings", "-".join([kind, *Path(folder).parts[-1:]]))
     arrays = dict(ids=sites.ids, latlon=sites.latlon, site=tokens, mean_day=days)
     data.write_atomically(Path(f"{path}.npz"), lambda file: np.savez(file, **arrays))
-    names = [f"{part}_{d:03d}" for part in ("site", "day") for d in range(tokens.shape[1])]
-    lines = [",".join(["id", "lat", "lon", *names])]
-    for site, *values in zip(sites.ids, sites.latlon, tokens, days):
-        lines.append(",".join([site, *[f"{x:.6g}" for x in np.concatenate(values)]]))
-    text = "\n".join(lines) + "\n"
-    data.write_atomically(Path(f"{path}.csv"), lambda file: file.write(text.encode()))
+    keys = [f"{part}_{d:03d}" for part in ("site", "day") for d in range(tokens.shape[1])]
+    rows = np.column_stack([sites.ids, np.hstack([sites.latlon, tokens, days]).astype(str)])
+    data.write_atomically(Path(f"{path}.csv"), lambda file: np.savetxt(
+        file, rows, "%s", ",", header="id,lat,lon," + ",".join(keys), comments="", encoding="utf8"))
     print(f"{path}.csv, {path}.npz: {len(sites.ids)} sites, twice {tokens.shape[1]} values")
-    if not np.isnan(sites.target).all():
-        torch.manual_seed(0)
-        untrained, scaling = StefaLand(model.config), saved["scaling"]
-        compare_neighbours(sites, {
-            "embedding of the site": tokens, "embedding of the mean day": days,
-            "the site before the layers": embed(sites, model, scaling, before=True)[0],
-            "the site by an untrained network": embed(sites, untrained, scaling)[0]})
-    draw(Path(f"{path}.png"), sites, tokens)
+    compare_neighbours(sites, {"embedding": tokens, "mean day": days, "attributes": sites.static,
+                               "place": data.on_sphere(sites.latlon)})
+    if o.map:
+        draw(Path(f"{path}.png"), sites, tokens)
 
 
 if __name__ == "__main__":

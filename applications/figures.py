@@ -1,18 +1,22 @@
-"""What eval.py tells in numbers, as pictures of everything under out/. Needs matplotlib.
+"""Pictures of everything under out/, and how well the network fills in what is hidden.
 
-    python -m applications.figures [--out out]
+    python -m applications.figures [--out out]          needs matplotlib
 
-<setting>.png         of each setting of the runs: the scores of all models at the test sites; a map
-                      of the method's; for series, hydrographs of its median and its worst site
-labels.png            median score against the number of training sites with observations
-reconstruction.png    a year of weather at a site that out/pretrained.pt was not trained on, each
-                      group of variables hidden in turn, and what the network puts there
+SETTING.png         of each setting of out/runs: NSE of all models at the test sites, a map of the
+                    method's, hydrographs of its median and its worst site
+labels of DATA.png  median NSE against the number of training sites with observations, if there are
+                    runs with several
+reconstruction.png  a year of weather at a site that out/pretrained.pt was not trained on: each
+                    group of variables hidden for 60 days in turn, and what the network puts there
 
-A model has the same colour in every figure; what was observed is black.
+Of the checkpoint it prints how much is explained (R2) of each group, hidden at the validation
+sites: attributes altogether, weather for these days. The yardstick beside it is ridge regression on
+the attributes left visible, or the mean of the day of the year at training sites. A model has the
+same colour in every figure; what was observed is black.
 """
 
-import argparse
 import math
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,184 +24,172 @@ import numpy as np
 import torch
 
 import data
-from eval import load_runs, per_site
-from model import Masks
-from train import Windows, load_checkpoint
-
-ORDER = ("resconn", "lstm", "noresconn", "linear", "scratch", "direct")     # others follow by name
-SCORE = {"series": "NSE", "value": "absolute error", "class": "error of the probability"}
-GREY = "0.85"
-LOOK = {"axes.titlesize": "medium", "axes.axisbelow": True, "date.converter": "concise",
-        "grid.color": GREY, "legend.fontsize": 9, "legend.handlelength": 1.2,
-        "legend.columnspacing": 1, "lines.linewidth": 1.2, "savefig.dpi": 90}
+from applications.common import new_figure, save_figure
+from eval import load_runs, site_metrics
+from model import NEVER_HIDDEN, Masks
+from train import Windows, apply_standardisation, arrange, load_checkpoint, split
 
 
-def about(models):
-    """What the runs of one setting have in common, from the first of {model: [run]}."""
-    return next(iter(models.values()))[0]
+def by_site(runs):
+    """{site: its NSE, mean over one model's runs, and the arrays of the first run that tests it}"""
+    result, scores = {}, defaultdict(list)
+    for run in runs:
+        for k, site in enumerate(run["ids"]):
+            scores[site].append(site_metrics(run["obs"][k], run["sim"][k])["nse"])
+            row = {name: run[name][k] for name in ("latlon", "obs", "sim")}
+            result.setdefault(site, row | {"run": run})["nse"] = np.mean(scores[site])
+    result = {site: row for site, row in result.items() if math.isfinite(row["nse"])}
+    data.check(result, f"{runs[0]['path']}: no test site has an NSE")
+    return result
 
 
-def site_scores(runs):
-    """{site: NSE, or absolute error} of one model's runs, mean over seeds, where it is defined."""
-    sign = 1 if runs[0]["scoring"] == "series" else -1      # per_site gives *minus* the error
-    scores = {site: sign * score for site, score in per_site(runs).items()
-              if math.isfinite(score)}
-    data.check(scores, f"{runs[0]['setting']}, {runs[0]['model']}: no site has a score")
-    return scores
+def draw_setting(path, setting, models, colours):
+    """The pictures of {model: what by_site knows}, the method before all others."""
+    method = next(iter(models))
+    ranked = sorted(models[method], key=lambda site: models[method][site]["nse"])
+    figure = new_figure(9.5, 7.4)
+    shares, places, middle, lowest = figure.subplot_mosaic(
+        "AB;CC;DD", width_ratios=(2, 3), height_ratios=(3.4, 2, 2)).values()
+    figure.suptitle(setting)
+    draw_distribution(shares, models, colours)
+    draw_map(places, method, list(models[method].values()))
+    for axis, kind, site in ((middle, "median", ranked[len(ranked) // 2]),
+                             (lowest, "worst", ranked[0])):
+        axis.set_title(f"{kind} site: {site}", loc="left")
+        tested = [name for name in models if name in (method, "lstm") and site in models[name]]
+        draw_hydrographs(axis, {name: models[name][site] for name in tested}, colours)
+    save_figure(figure, path)
 
 
-def draw_setting(path, models, scores, colours):
-    """A setting's {model: [run]} and, in the figures' order, {model: {site: score}}."""
-    baseline = about(models)["baseline"]
-    method = next((name for name in scores if name != baseline), baseline)
-    chosen = {}
-    if about(models)["scoring"] == "series":
-        ranked = sorted(scores[method], key=scores[method].get)
-        chosen = {"median site": ranked[len(ranked) // 2], "worst site": ranked[0]}
-
-    rows = [["distribution", "map"]] + [[kind, kind] for kind in chosen]
-    heights = [3.4] + [2] * len(chosen)
-    figure = new_figure(9.5, sum(heights))
-    panels = figure.subplot_mosaic(rows, width_ratios=(2, 3), height_ratios=heights)
-    figure.suptitle(about(models)["setting"])
-    draw_distribution(panels["distribution"], models, scores, colours)
-    draw_map(panels["map"], models[method], scores[method])
-    for kind, site in chosen.items():
-        for name in scores:
-            if name in (method, baseline) and site in scores[name]:
-                label = f"{name}, NSE {scores[name][site]:.2f}"
-                draw_hydrograph(panels[kind], site, models[name], colours[name], label)
-        panels[kind].set_title(f"{kind} of {method}: {site}", loc="left")
-    save(figure, path)
-
-
-def draw_distribution(axis, models, scores, colours):
-    """The share of sites whose score is below x, a curve for each model."""
-    scoring = about(models)["scoring"]
-    for name, of_sites in scores.items():
-        values = list(of_sites.values())
+def draw_distribution(axis, models, colours):
+    """The share of sites whose NSE is below x, a curve for each model."""
+    for name, rows in models.items():
+        values = [row["nse"] for row in rows.values()]
         label = f"{name}, median {np.median(values):.2f}"
-        if any(run["overlap"] for run in models[name]):
+        if any(row["run"]["overlap"] for row in rows.values()):
             label += "\n(has seen test sites)"
         axis.ecdf(values, color=colours[name], label=label)
-    axis.axhline(0.5, color=GREY, zorder=0)
-    sites = max(len(of_sites) for of_sites in scores.values())
-    axis.set(xlabel=SCORE[scoring], ylabel="share of sites below", title=f"{sites} held-out sites")
-    if scoring == "series":                                 # a few sites may be at -100
-        axis.set(xlim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
-    axis.legend()
+    # a few sites may be at -100
+    axis.set(xlabel="NSE", ylabel=f"share of {len(values)} held-out sites below", xlim=(-1, 1))
+    axis.legend(loc="upper left", handlelength=1)
 
 
-def draw_map(axis, runs, scores):
-    """Each site of one model's runs, coloured by its score."""
-    place = {}
-    for run in runs:
-        place.update(zip(run["ids"], run["latlon"]))
-    lat, lon = np.array([place[site] for site in scores]).T                     # (N,) each
-    values = list(scores.values())
-    scoring = runs[0]["scoring"]
-    axis.set_title(f"{runs[0]['model']}: {SCORE[scoring]}")
-    if np.isnan(lat).all():
-        axis.set(xlabel="no coordinates", xticks=[], yticks=[])
-        return
-    colour_map, highest, beyond = "viridis", 1, "min"
-    if scoring != "series":                                 # an error: the small ones are good
-        colour_map, highest, beyond = "viridis_r", np.percentile(values, 95), "max"
-    dots = axis.scatter(lon, lat, 24, values, cmap=colour_map, vmin=0, vmax=highest,
-                        edgecolors="0.3", linewidths=0.3)
-    axis.figure.colorbar(dots, ax=axis, extend=beyond)
-    wider = 1 / math.cos(math.radians(np.nanmean(lat)))     # a kilometre east is as long as north
-    axis.set(xlabel="longitude (degrees)", ylabel="latitude (degrees)", aspect=wider)
-    axis.grid()
+def draw_map(axis, name, rows):
+    """Each site of one model, coloured by its NSE."""
+    lat, lon = np.array([row["latlon"] for row in rows]).T                      # (N,) each
+    dots = axis.scatter(lon, lat, 24, [row["nse"] for row in rows], vmin=0, vmax=1, ec="0.3")
+    axis.figure.colorbar(dots, ax=axis, extend="min", label=f"NSE of {name}")
+    axis.set(xlabel="longitude (degrees)", ylabel="latitude (degrees)")
 
 
-def draw_hydrograph(axis, site, runs, colour, label):
-    """A site's last year with observations, and what the first run that tests it makes of it."""
-    run = next(run for run in runs if site in run["ids"])
-    row = run["ids"].tolist().index(site)
-    obs, sim = run["obs"][row], run["sim"][row]                                 # (T,) each
-    last = np.flatnonzero(np.isfinite(obs))[-1] + 1
+def draw_hydrographs(axis, tested, colours):
+    """The last year with observations of a site, from {model: what by_site knows of it}."""
+    first = next(iter(tested.values()))
+    target, dates = first["run"]["target"], first["run"]["dates"]
+    last = np.flatnonzero(np.isfinite(first["obs"]))[-1] + 1
     days = slice(max(last - 365, 0), last)
-    if not axis.lines:                                      # of the first model drawn here
-        axis.plot(run["dates"][days], obs[days], "k", label="observed")
-    axis.plot(run["dates"][days], sim[days], color=colour, label=label)
-    axis.set_ylabel(f"{run['task']} ({run['unit']})")
-    axis.margins(x=0)
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)   # above it
+    axis.plot(dates[days], first["obs"][days], "k", label="observed")
+    for name, row in tested.items():
+        label = f"{name}, NSE {row['nse']:.2f}"
+        axis.plot(dates[days], row["sim"][days], color=colours[name], label=label)
+    axis.set_ylabel(f"{target} ({data.VARIABLES.get(target, {}).get('unit', 'in its unit')})")
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, handlelength=1)
 
 
-def draw_labels(path, runs, scores, colours):
-    """Median score against labelled sites: a panel per data set that has two counts or more."""
-    medians, scoring = defaultdict(dict), {}                # {data set: {count: {model: median}}}
-    for setting, models in runs.items():
-        labelled = about(models)["labelled"]
-        data_set = setting.replace(f", labelled {labelled}", "")
-        scoring[data_set] = about(models)["scoring"]
-        medians[data_set][labelled or math.inf] = {
-            name: np.median(list(of_sites.values())) for name, of_sites in scores[setting].items()}
-    compared = [data_set for data_set in medians if len(medians[data_set]) > 1]
-    if not compared:
-        print(f"{path} is not drawn: it takes runs with two values of --labelled")
-        return
-    figure = new_figure(1 + 5 * len(compared), 4.5)
-    axes = figure.subplots(1, len(compared), squeeze=False)[0]
-    for axis, data_set in zip(axes, compared):
-        counts = sorted(medians[data_set])
-        for name, colour in colours.items():
-            curve = [medians[data_set][count].get(name, math.nan) for count in counts]
-            if np.isfinite(curve).any():
-                axis.plot(curve, "o-", color=colour, label=name)
-        axis.set_xticks(range(len(counts)), [f"{n:.0f}".replace("inf", "all") for n in counts])
-        axis.set(title=data_set, xlabel="training sites with observations",
-                 ylabel=f"median {SCORE[scoring[data_set]]} at held-out sites")
-        axis.grid(axis="y")
-        axis.legend()
-    save(figure, path)
+def draw_labels(path, data_set, curves, colours):
+    """A curve for each of {model: {labelled sites: median NSE}}."""
+    counts = sorted(set().union(*curves.values()))
+    x = [f"{count:.0f}".replace("inf", "all") for count in counts]
+    figure = new_figure(6, 4.5)
+    axis = figure.subplots()
+    for name, curve in curves.items():
+        y = [curve.get(count, math.nan) for count in counts]
+        axis.plot(x, y, "o-", color=colours[name], label=name)
+    axis.set(xlabel="training sites with observations", ylabel="median NSE at held-out sites")
+    axis.legend(title=data_set)
+    save_figure(figure, path)
 
 
 @torch.no_grad()
-def draw_reconstruction(path, checkpoint, days=60):
-    """Weather at a site not trained on, each group of variables hidden for some days in turn."""
-    model, saved = load_checkpoint(checkpoint)
-    c, options = model.eval().config, saved["options"]
-    try:                                                    # some only an application can read
-        sites = data.load(options["data"], cache=path.with_name("cache"), quick=options["quick"])
-    except (ValueError, FileNotFoundError) as error:
-        print(f"{path} is not drawn: {error}")
-        return
+def reconstruct(folder, spec):
+    """Hide one group after the other in 4 windows of each of 250 validation sites; print the R2.
+
+    The picture is of the first window.
+    """
+    model, saved = load_checkpoint(folder / "pretrained.pt")
+    options, c = Namespace(**saved["options"]), model.eval().config
+    sites = data.load(spec or options.data, cache=folder / "cache", quick=options.quick)
     windows = Windows(sites, saved["scaling"], c.max_days, c.dynamic_names, c.static_names)
-    unseen = np.flatnonzero(~np.isin(sites.ids, saved["ids"]) & (windows.last > 0))
-    if not len(unseen):
-        print(f"{path} is not drawn: {checkpoint} has seen all sites with weather, or none has any")
-        return
-    site = unseen[:1]                                                           # (B,), B = 1
+    training, validation = split(options, sites)
+    validation = validation[windows.last[validation] > 0][:250]         # those that have weather
+    data.check(len(validation), f"{folder}/pretrained.pt: no validation site has weather")
+    site = np.repeat(validation, 4)                                             # (B,)
     start = windows.starts(site, np.random.default_rng(0))                      # (B,)
     batch = windows.get(site, start)
-    dates = sites.dates[start[0]:start[0] + windows.days]                       # (L,)
-    observed = in_units(batch[0], windows.scaling)[0]                           # (L, C)
-    measured = np.flatnonzero(np.isfinite(observed).any(0))
-    groups = np.array(c.dynamic_groups or c.dynamic_names)                      # (C,)
-    block = slice(windows.days // 2, windows.days // 2 + days)
+    forcing, static, _, day_of_year = batch                 # (B, L, C), (B, S), (B, 2), (B, L)
+    print(f"R2 at {len(validation)} validation sites {'':<3}{'StefaLand':>10}{'yardstick':>11}")
 
-    figure = new_figure(8.5, 1 + 1.2 * len(measured))
-    axes = figure.subplots(len(measured), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, v in zip(axes, measured):
-        hidden = torch.zeros(batch[0].shape, dtype=torch.bool)                  # (B, L, C)
-        hidden[:, block, groups == groups[v]] = True
-        guess, _ = model.decode(model.encode(*batch, Masks(dynamic=hidden)))    # (B, L, C)
-        guess = in_units(guess, windows.scaling)[0]                             # (L, C)
-        axis.plot(dates, observed[:, v], "k", lw=0.8, label="observed")
-        axis.plot(dates[block], guess[block, v], "C0", label="hidden and reconstructed")
-        axis.axvspan(dates[block][0], dates[block][-1], color=GREY, zorder=0)
-        name = c.dynamic_names[v]
-        axis.set_ylabel(f"{name}\n({data.DYNAMIC[name].unit})")
-        axis.text(1.01, 0.5, groups[v], transform=axis.transAxes, rotation=-90, va="center")
-        axis.margins(x=0)
-    figure.align_ylabels()
-    figure.suptitle(f"{sites.ids[site[0]]}, not trained on; each group, named at the right, "
-                    f"is hidden in turn")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    save(figure, path)
+    table = windows.static.numpy()                                              # (N, S)
+    for group in sorted({*c.static_groups} - {NEVER_HIDDEN}):
+        member = np.array(c.static_groups) == group                             # (S,)
+        _, guess = decode(model, batch, Masks(static=torch.tensor(member)))     # (B, S)
+        others = table[:, ~member]
+        fitted = [ridge(others[training], y[training], others[site]) for y in table[:, member].T]
+        fitted = torch.tensor(np.stack(fitted, 1))                              # (B, V)
+        show(f"static {group}", static[:, member], guess[:, member], fitted)
+
+    usual = climatology(windows, training)[day_of_year.long() - 1]              # (B, L, C)
+    inside = torch.zeros(windows.days, 1, dtype=torch.bool)                     # (L, 1)
+    inside[windows.days // 2:][:60] = True
+    filled = torch.full_like(forcing[0], torch.nan)                             # (L, C)
+    for group in sorted({*c.dynamic_groups}):
+        hidden = inside & torch.tensor([name == group for name in c.dynamic_groups])    # (L, C)
+        guess, _ = decode(model, batch, Masks(dynamic=hidden))                  # (B, L, C)
+        show(f"dynamic {group}", forcing.where(hidden, torch.nan), guess, usual)
+        filled[hidden] = guess[0, hidden]
+    draw_reconstruction(
+        folder / "reconstruction.png", sites.ids[site[0]], sites.dates[start[0]:], c.dynamic_names,
+        in_units(forcing[0], windows.scaling), in_units(filled, windows.scaling))
+
+
+def show(name, truth, guess, yardstick):
+    """A row of the table."""
+    print(f"{name:<24}{r_squared(truth, guess):>10.3f}{r_squared(truth, yardstick):>11.3f}")
+
+
+def decode(model, batch, hidden):
+    """What the network puts at (B, L, C) and (B, S), 64 windows at a time to bound the memory."""
+    guesses = [model.decode(model.encode(*part, hidden))
+               for part in zip(*[x.split(64) for x in batch])]
+    return [torch.cat(parts) for parts in zip(*guesses)]
+
+
+def ridge(x, y, x_new):
+    """Ridge regression with generalised cross-validation (doi 10.1080/00401706.1979.10489751);
+    missing x = mean, missing y left out: (n, S), (n,), (B, S) -> (B,)."""
+    x, x_new, y = np.nan_to_num(x[~np.isnan(y)]), np.nan_to_num(x_new), y[~np.isnan(y)]
+    u, s, vt = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    shrink = s ** 2 / (s ** 2 + np.logspace(-2, 5, 30)[:, None])                # (penalties, S)
+    fits = shrink * (u.T @ (y - y.mean())) @ u.T                                # (penalties, n)
+    error = ((y - y.mean() - fits) ** 2).sum(1) / (len(y) - 1 - shrink.sum(1)) ** 2
+    weights = vt.T @ (shrink[error.argmin()] / s * (u.T @ (y - y.mean())))      # (S,)
+    return y.mean() + (x_new - x.mean(0)) @ weights
+
+
+def climatology(windows, training):
+    """Mean of every day of the year over 500 training sites: (366, C), standardised."""
+    forcing, names = windows.sites.forcing[training[:500]], windows.sites.dynamic_names
+    past = apply_standardisation(arrange(forcing, names, windows.dynamic_names), windows.scaling)
+    past = torch.tensor(past).nanmean(0)                                        # (T, C)
+    return torch.stack([past[windows.day_of_year == day].nanmean(0) for day in range(1, 367)])
+
+
+def r_squared(truth, guess):
+    """1 - SSE/SST over what is known of the truth, mean over the variables (last axis) it has."""
+    truth, guess = truth.double().flatten(0, -2), guess.flatten(0, -2)          # (n, V)
+    sse = (truth - guess).square().nansum(0)                                    # (V,)
+    sst = (truth - truth.nanmean(0)).square().nansum(0)
+    return (1 - sse / sst)[sst > 1e-9].mean().item()        # NaN if it has none
 
 
 def in_units(values, scaling):
@@ -207,42 +199,48 @@ def in_units(values, scaling):
     return np.where(log > 0, np.expm1(values), values)
 
 
-def new_figure(width, height):
-    """An empty figure of so many inches."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SystemExit("figures need matplotlib: pip install matplotlib") from None
-    matplotlib.rcParams.update(LOOK)
-    return Figure((width, height), layout="constrained")
+def draw_reconstruction(path, site, dates, names, observed, filled):
+    """Weather of one window (L, C), and what was put in where it was hidden, NaN elsewhere."""
+    dates, measured = dates[:len(observed)], np.flatnonzero(np.isfinite(observed).any(0))
+    figure = new_figure(8.5, 1 + 1.2 * len(measured))
+    axes = figure.subplots(len(measured), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, v in zip(axes, measured):
+        axis.plot(dates, observed[:, v], "k", lw=0.8, label="observed")
+        axis.plot(dates, filled[:, v], "C0", label="hidden and reconstructed")
+        axis.axvspan(*dates[np.isfinite(filled[:, v])][[0, -1]], color="0.85", zorder=0)
+        axis.set_ylabel(f"{names[v]}\n({data.VARIABLES[names[v]]['unit']})")
+        axis.text(1.01, 0.1, *data.groups([names[v]]), transform=axis.transAxes, rotation=-90)
+    figure.suptitle(f"{site}, not trained on; each group, named at the right, is hidden in turn")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    save_figure(figure, path)
 
 
-def save(figure, path):
-    data.write_atomically(path, lambda file: figure.savefig(file, format="png"))
-    print(path)
+def rank(name):
+    """Where a model, such as resconn@1a2b, stands: the method first, the baseline last."""
+    return {"resconn": 0, "lstm": 2}.get(name.partition("@")[0], 1), name
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="out", help="folder of runs/ and pretrained.pt [out]")
-    folder = Path(parser.parse_args(argv).out)
-    runs, checkpoint = load_runs(folder), folder / "pretrained.pt"
-    if not runs and not checkpoint.is_file():
-        raise FileNotFoundError(f"no {folder}/runs/*.npz, no {checkpoint}: start with train.py")
-    names = set().union(*runs.values())
-    order = [*ORDER, *sorted(names.difference(ORDER))]
-    colours = {name: f"C{k % 10}" for k, name in enumerate(order)}
-    scores = {}
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out", type=Path, help="of runs/ and pretrained.pt [out]")
+    parser.add_argument("--data", default="", help="of the reconstruction [the pretraining's]")
+    o = parser.parse_args(argv)
+    runs, curves = load_runs(o.out), defaultdict(lambda: defaultdict(dict))
+    names = sorted(set().union(*runs.values()), key=rank)
+    colours = {name: f"C{k % 10}" for k, name in enumerate(names)}
     for setting, models in runs.items():
-        scores[setting] = {name: site_scores(models[name]) for name in order if name in models}
-        path = folder / (setting.replace(", ", "_").replace(" ", "-") + ".png")
-        draw_setting(path, models, scores[setting], colours)
-    if runs:
-        draw_labels(folder / "labels.png", runs, scores, colours)
-    if checkpoint.is_file():
-        draw_reconstruction(folder / "reconstruction.png", checkpoint)
+        labelled = next(iter(models.values()))[0]["options"]["labelled"]
+        data_set = setting.replace(f", labelled {labelled}", "")
+        sites = {name: by_site(models[name]) for name in names if name in models}
+        draw_setting(o.out / f"{setting}.png", setting, sites, colours)
+        for name, rows in sites.items():
+            median = np.median([row["nse"] for row in rows.values()])
+            curves[data_set][name][labelled or math.inf] = median
+    for data_set, of_models in curves.items():
+        if len(set().union(*of_models.values())) > 1:
+            draw_labels(o.out / f"labels of {data_set}.png", data_set, of_models, colours)
+    if (o.out / "pretrained.pt").is_file() or not runs:
+        reconstruct(o.out, o.data)
 
 
 if __name__ == "__main__":

@@ -7,91 +7,60 @@
 
 Height from AlphaEarth's 64 embeddings of each 10 m pixel follows Hamoudzadeh et al. (arXiv
 2602.17250). One scene is cut into blocks (see blocks.py for DIR); a network learns some of them,
-with a margin in sight, and is tested on blocks whose map it never saw. The baseline `pixel` knows
-each pixel by itself. Predictions and networks are written to out/height. StefaLand's encoder takes
-no part in this.
+with a margin in sight, and is tested on blocks whose map it never saw: blocks here and there (pub)
+or a region (pur). The baseline `pixel`, linear or logistic regression, knows each pixel by itself.
+Maps and networks are written to OUT/height. StefaLand's encoder takes no part in this.
 
 Axes: N blocks, B pieces of them in a batch, C channels, K outputs, H and W pixels.
 """
 
-import json
-import math
-import time
-from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy, interpolate, max_pool2d, mse_loss
 
-from applications.blocks import MARGIN, load, split
+from applications.blocks import MARGIN, SIZE, load, split
 from applications.common import PENALTIES, converge
 from applications.dynamic_world import DynamicWorld
+from applications.values import class_metrics, value_scores
 from data import check, command, folds, write_atomically
-from eval import SCORINGS, class_metrics, mean_scores
-from train import (apply_standardisation, descend, fit_standardisation, learning_rate, option,
-                   parse, setup, tested_folds)
-
-
-@dataclass
-class Options:
-    task: str = option("data", "height", "height (m) or landcover (classes)")
-    data: str = option("data", "synthetic", "synthetic, tiles:DIR or s2:DIR")
-    out: str = option("data", "out", "predictions and networks go to its folder height")
-    holdout: str = option("hold-out", "pub", "pub (blocks here and there) or pur (a region)")
-    folds: int = option("hold-out", 5, "number of folds", least=1)
-    fold: str = option("hold-out", "0", "folds to test on, joined by commas, or all")
-    buffer: int = option("hold-out", 2, "pixels at the edge of a block that are not learned from")
-    model: str = option("model", "unet,unet++,pixel", "unet, unet++, dynamicworld, pixel")
-    steps: int = option("training", 600, "optimiser steps", least=1)
-    batch_size: int = option("training", 32, "pieces of blocks per step", least=1)
-    lr: float = option("training", 2e-3, "peak learning rate")
-    seeds: int = option("training", 1, "repetitions: other weights, validation blocks", least=1)
-    seed: int = option("training", 0, "the first seed")
-    device: str = option("training", "", "cuda, cpu …; empty: cuda if there is one")
-    quick: bool = option("training", False, "the same path in under a minute, nothing learned")
+from finetune import tested_folds
+from train import (apply_standardisation, autocast, descend, fit_standardisation, learning_rate,
+                   save, shared_options)
 
 
 class UNet(nn.Module):
     """U-Net (arXiv 1505.04597) or, nested, U-Net++ (1807.10165): (B, C, H, W) -> (B, K, H, W).
 
-    Node i, j works on images 2^i times smaller. The nodes i, 0 are the way down. Any other reads
-    all earlier nodes of its level, i, 0 to i, j-1, and, twice as large, the node i+1, j-1 below.
-    U-Net has only those of the way up, i + j = depth - 1; U-Net++ has all that lie between, too.
+    On level i images are 2^i times smaller. A node of the way up reads what the nodes of its level
+    gave so far and, twice as large, the latest of the level below. U-Net has one of them a level;
+    U-Net++ has more on the higher levels, between the way down and the last.
     """
 
     def __init__(self, in_channels, out_channels, nested=False, width=16, depth=4):
         super().__init__()
-        self.depth, self.places, self.nodes = depth, [], nn.ModuleList()
-        channels = [width * 2 ** i for i in range(depth)]   # of the nodes of level i
-        for j in range(depth):
+        channels = [width * 2 ** i for i in range(depth)]   # of each level
+        self.down = nn.ModuleList(map(two_convolutions, [in_channels, *channels[:-1]], channels))
+        self.up = nn.ModuleDict()
+        for j in range(1, depth):                           # the j-th node of the levels 0, 1 …
             for i in range(depth - j):
-                if j == 0:
-                    read = channels[i - 1] if i > 0 else in_channels
-                elif nested or i + j == depth - 1:
-                    # the earlier nodes of its level, U-Net has but one, and the node below
-                    read = (j if nested else 1) * channels[i] + channels[i + 1]
-                else:
-                    continue
-                self.places.append((i, j))
-                self.nodes.append(two_convolutions(read, channels[i]))
+                if nested or i + j == depth - 1:
+                    own = channels[i] * (j if nested else 1)
+                    self.up[f"{i} {j}"] = two_convolutions(own + channels[i + 1], channels[i])
         self.output = nn.Conv2d(width, out_channels, 1)
 
     def forward(self, x):
-        """ValueError unless H and W are multiples of 2^(depth - 1)."""
-        (H, W), stride = x.shape[-2:], 2 ** (self.depth - 1)
-        check(H % stride == W % stride == 0, f"an image of {H} x {W}, not multiples of {stride}")
-        levels = [[] for _ in range(self.depth)]            # what the nodes of each level gave
-        for (i, j), node in zip(self.places, self.nodes):
-            if j > 0:
-                below = F.interpolate(levels[i + 1][-1], scale_factor=2, mode="bilinear")
-                x = torch.cat([*levels[i], below], 1)
-            elif i > 0:
-                x = F.max_pool2d(levels[i - 1][0], 2)
-            levels[i].append(node(x))                       # (B, channels[i], H / 2^i, W / 2^i)
+        levels = []                                         # what the nodes of each level gave
+        for i, node in enumerate(self.down):
+            x = node(max_pool2d(x, 2) if i > 0 else x)      # (B, channels[i], H / 2^i, W / 2^i)
+            levels.append([x])
+        for place, node in self.up.items():
+            level, below = levels[int(place[0])], levels[int(place[0]) + 1][-1]
+            below = interpolate(below, level[0].shape[-2:], mode="bilinear")
+            level.append(node(torch.cat([*level, below], 1)))
         return self.output(levels[0][-1])                                       # (B, K, H, W)
 
 
@@ -102,17 +71,14 @@ def two_convolutions(channels, width):
         nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.GELU())
 
 
-MODELS = {  # channels C and outputs K -> network
-    "unet": UNet,
-    "unet++": partial(UNet, nested=True),
-    "dynamicworld": DynamicWorld,           # the network alone, its weights are random
-    "pixel": partial(nn.Conv2d, kernel_size=1),     # linear or logistic regression of each pixel
-}
+# channels C and outputs K -> network; of Dynamic World's the weights are random here
+MODELS = {"unet": UNet, "unet++": partial(UNet, nested=True), "dynamicworld": DynamicWorld,
+          "pixel": partial(nn.Conv2d, kernel_size=1)}
 
 
 class Height:
     """Metres: squared error of heights standardised with mean and spread of the training blocks."""
-    outputs, scoring = 1, "value"           # eval's: R2; rmse, median difference and NMAD in m
+    outputs, scores = 1, staticmethod(value_scores)     # R2; rmse, median difference, NMAD in m
 
     def __init__(self, target, training):
         self.centre = float(np.nanmean(target[training]))
@@ -120,7 +86,7 @@ class Height:
 
     def loss(self, output, truth):
         """Of each pixel: (B, 1, H, W), (B, H, W) -> (B, H, W)."""
-        return F.mse_loss(output[:, 0], (truth - self.centre) / self.spread, reduction="none")
+        return mse_loss(output[:, 0], (truth - self.centre) / self.spread, reduction="none")
 
     def decide(self, output):
         """The map, m: (B, 1, H, W) -> (B, H, W)."""
@@ -129,7 +95,6 @@ class Height:
 
 class LandCover:
     """Classes 0, 1, 2 …: cross-entropy weighted by how rare a class is in the training blocks."""
-    scoring = "class map"
 
     def __init__(self, target, training):
         known = target[training][~np.isnan(target[training])].astype(int)       # (pixels,)
@@ -139,187 +104,145 @@ class LandCover:
 
     def loss(self, output, truth):
         """Of each pixel: (B, K, H, W), (B, H, W) -> (B, H, W)."""
-        return F.cross_entropy(output, truth.long(), self.rarity.to(output.device),
-                               reduction="none")
+        return cross_entropy(output, truth.long(), self.rarity.to(output.device), reduction="none")
 
     def decide(self, output):
         """The map, the likeliest class: (B, K, H, W) -> (B, H, W)."""
         return output.argmax(1)
 
-
-def class_map_scores(obs, sim):
-    """Balanced accuracy (mean recall of the classes), accuracy, and F1 of each class observed."""
-    known = ~np.isnan(obs)
-    obs, sim = obs[known], sim[known]
-    each = {int(k): class_metrics(obs == k, sim == k) for k in np.unique(obs)}
-    result = {"balanced": np.mean([scores["recall"] for scores in each.values()]),
-              "accuracy": np.mean(obs == sim)}
-    return result | {f"f1 {k}": scores["f1"] for k, scores in each.items()}
-
-
-SCORINGS["class map"] = class_map_scores    # the first score is the one to stop early by
-TASKS = {"height": Height, "landcover": LandCover}
+    @staticmethod
+    def scores(obs, sim):
+        """Balanced accuracy (mean recall of the classes), accuracy, F1 of each class observed."""
+        obs, sim = obs[~np.isnan(obs)], sim[~np.isnan(obs)]
+        each = {int(k): class_metrics(obs == k, sim == k) for k in np.unique(obs)}
+        recall, accuracy = [of_class["recall"] for of_class in each.values()], np.mean(obs == sim)
+        f1 = {f"f1 {k}": of_class["f1"] for k, of_class in each.items()}
+        return {"balanced": np.mean(recall), "accuracy": accuracy} | f1
 
 
-def crop(target, image, buffer, rng, size=32):
-    """A random piece of maps (B, H, W) and images (B, C, H, W), turned and flipped together.
+TASKS = {"height": Height, "landcover": LandCover}          # of the best first score is kept
+# what is not learned from: the margin and 2 pixels within, as those beyond them look the same
+EDGE = np.pad(np.zeros((SIZE - 4, SIZE - 4), bool), MARGIN + 2, constant_values=True)   # (H, W)
 
-    Pixels within `buffer` of the edge of their block become NaN: what lies on its other side looks
-    nearly the same, and may be in a test block.
-    """
-    both = torch.cat([inner(target, buffer)[:, None], image], 1)                # (B, 1+C, H, W)
+
+def crop(target, image, rng, size=32):
+    """A random piece of maps (B, H, W) and images (B, C, H, W), turned and flipped together."""
+    both = torch.cat([target[:, None], image], 1)                               # (B, 1+C, H, W)
     i, j = rng.integers(image.shape[-1] - size + 1, size=2)
     both = both[..., i:i + size, j:j + size].rot90(rng.integers(4), (2, 3))
-    if rng.random() < 0.5:
-        both = both.flip(2)
+    both = both.flip(2) if rng.random() < 0.5 else both
     return both[:, 0], both[:, 1:]                          # (B, size, size), (B, C, size, size)
-
-
-def inner(target, buffer):
-    """Maps (B, H, W) of which only what is `buffer` pixels inside the blocks is known."""
-    result, inside = torch.full_like(target, math.nan), slice(MARGIN + buffer, -MARGIN - buffer)
-    result[:, inside, inside] = target[:, inside, inside]
-    return result
 
 
 @torch.no_grad()
 def predict(model, task, image):
-    """Maps by the mean output of four turns of each image: (N, C, H, W) -> (N, H, W)."""
-    model.eval()
-    maps, device = [], next(model.parameters()).device
-    for part in np.array_split(image, len(image) // 128 + 1):
-        x = torch.from_numpy(part).to(device)                                   # (B, C, H, W)
+    """Maps by the mean output of four turns of each image: (N, C, H, W) -> array (N, H, W)."""
+    maps, device = [], next(model.eval().parameters()).device
+    for part in image.tensor_split(len(image) // 128 + 1):
+        x = part.to(device)                                                     # (B, C, H, W)
         turns = [model(x.rot90(k, (2, 3))).rot90(-k, (2, 3)) for k in range(4)]
         maps.append(task.decide(torch.stack(turns).mean(0)).cpu().numpy())
     return np.concatenate(maps)
 
 
-def fit(o, model, task, training, validation, rng):
-    """Train; keep the weights with the best first score at the validation blocks, looked at ten
-    times. Returns that score."""
-    device = next(model.parameters()).device
+def fit(o, model, task, images, targets, rng):
+    """Train on images (n, C, H, W) and their maps (n, H, W); yields ten times, when the weights are
+    worth a look."""
     optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=1e-2)
-    best, kept = math.nan, None
     for step in range(o.steps):
-        model.train()
-        i = rng.choice(len(training.ids), o.batch_size)
-        target, image = torch.from_numpy(training.target[i]), torch.from_numpy(training.image[i])
-        target, image = crop(target, image, o.buffer, rng)  # (B, 32, 32), (B, C, 32, 32)
-        known = ~target.isnan()
-        if not known.any():                                 # few labels, and none in these
-            continue
-        error = task.loss(model(image.to(device)), target.nan_to_num().to(device))
-        loss = error[known.to(device)].mean()
-        descend(optimizer, loss, o.lr * learning_rate(step / o.steps), clip=1.0,
-                where=f"step {step} of {o.task}")
-        if (step + 1) % max(o.steps // 10, 1) == 0:         # early stopping
-            sim = predict(model, task, validation.image)                        # (n, H, W)
-            scores = SCORINGS[task.scoring](validation.target, sim)
-            score = next(iter(scores.values()))
-            if kept is None or math.isnan(best) or score > best:
-                best, kept = score, {k: x.clone() for k, x in model.state_dict().items()}
-    model.load_state_dict(kept)
-    return best
+        i = rng.choice(len(images), o.batch_size)
+        target, image = crop(targets[i].to(o.device), images[i].to(o.device), rng)
+        known = ~target.isnan()                                                 # (B, 32, 32)
+        if known.any():                                     # labels may be few
+            with autocast(target.device, o.dtype):
+                output = model.train()(image)                                   # (B, K, 32, 32)
+            loss = task.loss(output.float(), target.nan_to_num())[known].mean()
+            descend(optimizer, loss, o.lr * learning_rate(step / o.steps), clip=1.0)
+        if (step + 1) % max(o.steps // 10, 1) == 0:
+            yield
 
 
-def fit_pixels(o, model, task, training, validation, rng):
-    """In place of fit, for `pixel`: its weights are solved for, with the penalty that is best at
-    the validation blocks."""
-    target = inner(torch.from_numpy(training.target), o.buffer)                 # (n, H, W)
-    known = ~target.isnan()
-    x = torch.from_numpy(training.image).movedim(1, -1)[known]                  # (pixels, C)
-    y = target[known][:, None, None]                                            # (pixels, 1, 1)
+def solve(o, model, task, images, targets, rng):
+    """In place of fit, for `pixel`: solves for the weights; yields after each penalty."""
+    known = ~targets.isnan()                                                    # (n, H, W)
+    x, y = images.movedim(1, -1)[known], targets[known]                         # (pixels, C)
 
     def loss(output):
-        return task.loss(output.float()[..., None, None], y).mean()
-    best, kept = math.nan, None
+        return task.loss(output.float()[..., None, None], y[:, None, None]).mean()
     for penalty in PENALTIES:
         weights, constants = converge(x, loss, task.outputs, penalty)
         model.load_state_dict({"weight": weights.T[..., None, None], "bias": constants})
-        scores = SCORINGS[task.scoring](validation.target, predict(model, task, validation.image))
-        score = next(iter(scores.values()))
-        if kept is None or math.isnan(best) or score > best:
-            best, kept = score, (weights, constants)
-    model.load_state_dict({"weight": kept[0].T[..., None, None], "bias": kept[1]})
-    return best
-
-
-FITS = {"pixel": fit_pixels}                                # all others: fit
+        yield
 
 
 def run(o, name, blocks, fold_of, fold, seed):
     """Train one network with one fold held out, print its scores, write its maps and its weights.
 
-    Returns what the npz holds: fold, seed, scoring, and of the n test blocks `ids` (n,), target
-    `obs` and map `sim` (n, 20, 20). The .pt beside it has weights and standardisation.
+    Returns truth and map of the n test blocks, (2, n, 20, 20). The npz has `ids` (n,), `obs` and
+    `sim` (n, 20, 20); the .pt beside it weights, standardisation and options.
     """
-    began, rng = time.time(), np.random.default_rng([seed, fold])
+    rng = np.random.default_rng([seed, fold])
     torch.manual_seed(seed)
     training, validation, test = split(blocks, fold_of, fold, rng)
     image = np.moveaxis(blocks.image, 1, -1)                                    # (N, H, W, C)
     scaling = fit_standardisation(image[training])
-    image = np.moveaxis(apply_standardisation(image, scaling), -1, 1)           # (N, C, H, W)
-    blocks = replace(blocks, image=np.ascontiguousarray(image))
+    image = torch.from_numpy(apply_standardisation(image, scaling)).movedim(-1, 1).contiguous()
     task = TASKS[o.task](blocks.target, training)
-    left = inner(torch.from_numpy(blocks.target[training]), o.buffer)
-    check(not left.isnan().all(), f"--buffer {o.buffer} leaves no pixel to learn from")
-    model = MODELS[name](image.shape[1], task.outputs).to(setup(o.device)[2])
-    best = FITS.get(name, fit)(o, model, task, blocks.take(training), blocks.take(validation), rng)
+    target = torch.from_numpy(np.where(EDGE, np.float32(np.nan), blocks.target[training]))
+    model = MODELS[name](image.shape[1], task.outputs).to(o.device)
+    learn, best, kept = solve if name == "pixel" else fit, -np.inf, model.state_dict()
+    for _ in learn(o, model, task, image[training], target, rng):
+        scores = task.scores(blocks.target[validation], predict(model, task, image[validation]))
+        score = np.nan_to_num(next(iter(scores.values())), nan=-1e9)            # the first counts
+        if score > best:
+            best, kept = score, {key: x.clone() for key, x in model.state_dict().items()}
+    model.load_state_dict(kept)
 
-    maps = predict(model, task, blocks.image)                                   # (N, H, W)
-    line = f"fold {fold} seed {seed} {name:<12} {len(training)} + {len(validation)} blocks, "
-    line += f"validation {best:.3f}"
-    for area, at in (("test", test), ("training", training)):
-        scores = SCORINGS[task.scoring](blocks.target[at], maps[at])
-        line += f"; {area} " + ", ".join(f"{key} {score:.3f}" for key, score in scores.items())
-    print(f"{line}; {time.time() - began:.0f} s", flush=True)
-
+    setting = f"{o.task} {o.data.partition(':')[0]} {o.holdout}{o.folds}, {name}"
+    path = Path(o.out, "height", f"{setting}, fold {fold}, seed {seed}.npz")
+    print(f"{path.stem}: {len(training)} + {len(validation)} blocks, validation {best:.3f}")
     inside = slice(MARGIN, -MARGIN)
-    result = dict(about=json.dumps(vars(o)), fold=fold, seed=seed, scoring=task.scoring,
-                  ids=blocks.ids[test], obs=blocks.target[test][:, inside, inside],
-                  sim=maps[test][:, inside, inside])
-    saved = dict(model=name, scaling=scaling, task=vars(task), weights=model.state_dict())
-    setting = f"{o.task} {o.data.partition(':')[0]} {o.holdout}{o.folds}"
-    path = Path(o.out, "height", f"{setting}, {name}, fold {fold}, seed {seed}.npz")
-    write_atomically(path, lambda file: np.savez_compressed(file, **result))
-    write_atomically(path.with_suffix(".pt"), lambda file: torch.save(saved, file))
-    return result
+    obs, sim = blocks.target[:, inside, inside], predict(model, task, image)[:, inside, inside]
+    for area, at in (("test", test), ("training", training)):
+        scores = task.scores(obs[at], sim[at])
+        print(f"  {area}: " + ", ".join(f"{key} {score:.3f}" for key, score in scores.items()))
+    arrays = dict(ids=blocks.ids[test], obs=obs[test], sim=sim[test])
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+    save(path.with_suffix(".pt"), model=name, options=vars(o), scaling=scaling, task=vars(task),
+         weights=kept)
+    return np.stack([obs[test], sim[test]])
 
 
-def table(runs):
-    """Print each network's scores over all test pixels ± standard error over the folds.
-
-    runs: {name: what run() gave for each seed and fold}.
-    """
-    for name, of_model in runs.items():
-        folds = sorted({run["fold"] for run in of_model})
-        of_folds = [mean_scores([run for run in of_model if run["fold"] == k]) for k in folds]
-        line = f"{name:<12}"
-        for key, score in mean_scores(of_model).items():
-            line += f"  {key} {score:.3f}"
-            if len(folds) > 1:                              # a class may be absent from a fold
-                spread = np.nanstd([scores.get(key, math.nan) for scores in of_folds])
-                line += f" ± {spread / math.sqrt(len(folds) - 1):.3f}"
-        print(line)
+def row(name, runs, scores):
+    """A line of scores of all test pixels ± standard error over folds; runs[seed][fold]: run()."""
+    line, of_folds = f"{name:<12}", [[scores(*maps) for maps in of_seed] for of_seed in runs]
+    pooled = [scores(*np.concatenate(of_seed, 1)) for of_seed in runs]          # a dict a seed
+    for key in pooled[0]:
+        line += f"  {key} {np.mean([of_seed[key] for of_seed in pooled]):.3f}"
+        if len(runs[0]) > 1:                                # a class may be absent from a fold
+            table = [[scored.get(key, np.nan) for scored in of_seed] for of_seed in of_folds]
+            line += f" ± {np.nanstd(np.mean(table, 0)) / (len(runs[0]) - 1) ** 0.5:.3f}"
+    return line
 
 
 def main(argv=None):
-    o = parse(Options, __doc__, argv)
-    check(o.task in TASKS, f"--task {o.task}: expected one of {', '.join(TASKS)}")
-    names = o.model.split(",")
-    for name in names:
-        check(name in MODELS, f"--model {name}: expected one of {', '.join(MODELS)}")
-    Path(o.out, "height").mkdir(parents=True, exist_ok=True)    # or fail now, not after training
+    parser = shared_options(__doc__, steps=600, batch_size=32, lr=2e-3, dtype="float32")
+    parser.add_argument("--task", default="height", choices=TASKS, help="height, m, or classes")
+    parser.add_argument("--model", default="unet,unet++,pixel", help=f"some of {', '.join(MODELS)}")
+    parser.add_argument("--fold", default="0", help="folds to test on: 0,1 or all")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions with other weights [1]")
+    o = parser.parse_args(argv)
+    names, tested, rows = o.model.split(","), tested_folds(o), []
+    check({*names} <= {*MODELS}, f"--model {o.model}: expected some of {', '.join(MODELS)}")
     if o.quick:
         o.steps, o.batch_size = min(o.steps, 10), 8
     blocks = load(o.data, o.task)
-    fold_of = folds(blocks, o.holdout, o.folds)
-    tested = tested_folds(o)
-    runs = {name: [] for name in names}
-    for seed, fold, name in product(range(o.seed, o.seed + o.seeds), tested, names):
-        runs[name].append(run(o, name, blocks, fold_of, fold, seed))
+    fold_of, seeds = folds(blocks, o.holdout, o.folds), range(o.seed, o.seed + o.seeds)
+    for name in names:
+        runs = [[run(o, name, blocks, fold_of, fold, seed) for fold in tested] for seed in seeds]
+        rows.append(row(name, runs, TASKS[o.task].scores))
     print(f"\n{o.task}, {o.data}: {len(tested)} {o.holdout} folds at once, mean of {o.seeds} seeds")
-    table(runs)
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -1,100 +1,140 @@
 """Streamflow by a bucket model whose parameters the network tells: a physical head.
 
     python train.py && python -m applications.hybrid                beside resconn and lstm
-    python -m applications.hybrid --data caravan:DIR --lr 5e-3 --draw 0 --fold all
+    python -m applications.hybrid --data caravan:DIR --lr 5e-3 --fold all
 
 HBV (Bergström 1976) written in PyTorch and trained through time, as in Feng et al. (2022, doi
-10.1029/2022WR032404). The head reads what the LSTM of resconn or lstm reads, and tells from it the
+10.1029/2022WR032404). The LSTM reads what that of resconn or lstm reads, and tells from it the
 parameters of parallel buckets, whose mean flow is routed to the gauge. No water is lost or made:
 what falls evaporates, is stored, or leaves; for flow that the gauge shows and the weather does not
 hold, as from undercatch or springs, there is no parameter.
 """
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn as nn
 
 import data
-import finetune
-from applications import common
-from model import Dropout
+from finetune import VARIANTS, Predictor, main
 
 COMPONENTS = 8                                              # K, parallel buckets of a basin
 ROUTED = 15                                                 # days over which routing spreads flow
 
+# Bounds, near those of Feng et al., of what is the same over a window; of what may differ from day
+# to day; of where a window begins (mm of snow, of water in it, share of the soil's capacity, mm of
+# upper and lower groundwater); and of the gamma function of routing (b in days).
+FIXED = {
+    "threshold": (-2.5, 2.5),                               # °C: colder, it snows and freezes
+    "degree_day": (0.5, 10),                                # mm/d of melt for each °C above
+    "refreezing": (0, 0.1),                                 # of water in snow, a share of that
+    "retention": (0, 0.2),                                  # water that snow holds, a share of it
+    "capacity": (50, 1000),                                 # mm, of the soil
+    "limit": (0.2, 1),                                      # of wetness; drier, evaporation is less
+    "percolation": (0, 10),                                 # mm/d, upper to lower groundwater
+    "overflow": (0, 100),                                   # mm in the upper; above, k0 drains too
+    "k1": (0.01, 0.5),                                      # 1/d, of the upper
+    "k2": (0.001, 0.2)}                                     # 1/d, of the lower
+DAILY = {
+    "beta": (1, 6),                                         # recharge = inflow * wetness^beta
+    "shape": (0.3, 5),                                      # evaporation: (wetness / limit)^shape
+    "k0": (0.05, 0.9)}                                      # 1/d
+STORES = {"snow": (0, 1), "water": (0, 1), "soil": (0, 1), "upper": (0, 20), "lower": (0, 100)}
+ROUTING = {"a": (0.3, 3), "b": (0.5, 6.5)}
 
-class Range(NamedTuple):
-    """Bounds of a parameter; where they span magnitudes it is even in the logarithm."""
-    low: float
-    high: float
-    log: bool = False
+
+class HBV(Predictor):
+    """LSTM -> parameters -> HBV -> square root of flow, standardised as that of the gauge."""
+
+    def __init__(self, settings, encoder=None):
+        super().__init__(settings, encoder)
+        data.check(settings["target"] == "streamflow", "hbv tells no other --target but streamflow")
+        del self.output                                     # the buckets take its place
+        width = settings["width"]
+        self.of_basin = nn.Linear(width, COMPONENTS * len(FIXED | STORES))
+        self.of_day = nn.Linear(width, COMPONENTS * len(DAILY))
+        self.routing = nn.Linear(width, len(ROUTING))
+
+    def forward(self, e, forcing, static):
+        """As Predictor.forward: E or None, standardised inputs -> (B, L)."""
+        s, x = self.settings, self.residual(forcing, static)
+        if e is not None:
+            x = x + self.embed(e)
+        x, _ = self.lstm(self.dropout(x))                                       # (L, B, width)
+        weather = in_units(forcing, s["forcing_names"], s["scaling"]["forcing"])
+        with torch.autocast(x.device.type, enabled=False):
+            root = (self.flow(self.dropout(x.float()), weather) + 1e-4).sqrt()  # steep near zero
+        return ((root - s["centre"]) / s["spread"]).T                           # (B, L)
+
+    def flow(self, x, weather):
+        """What the LSTM says (L, B, width), weather 3 x (L, B, 1) -> mm/d at the gauge (L, B)."""
+        mean = x.mean(0, keepdim=True)                                          # (1, B, width)
+        p = within(FIXED | STORES, self.of_basin(mean).unflatten(-1, (COMPONENTS, -1)))
+        p |= within(DAILY, self.of_day(x).unflatten(-1, (COMPONENTS, -1)))
+        p["soil"] = p["soil"] * p["capacity"]
+        stores = [p.pop(name)[0] for name in STORES]                            # (B, K) each
+        flow, *_ = hbv(*weather, p, stores)                                     # (L, B, K)
+        return route(flow.mean(-1), **within(ROUTING, self.routing(mean[0])))
 
 
-PARAMETERS = {                                              # bounds near those of Feng et al.
-    "threshold": Range(-2.5, 2.5),                          # °C: colder, it snows and freezes
-    "degree_day": Range(0.5, 10, True),                     # mm/d of melt for each °C above
-    "refreezing": Range(0, 0.1),                            # of water in snow, a share of that
-    "retention": Range(0, 0.2),                             # water that snow holds, a share of it
-    "capacity": Range(50, 1000, True),                      # mm, of the soil
-    "beta": Range(1, 6, True),                              # recharge = inflow * wetness^beta
-    "limit": Range(0.2, 1),                                 # of wetness; drier, evaporation is less
-    "shape": Range(0.3, 5, True),                           # by (wetness / limit)^shape
-    "percolation": Range(0, 10),                            # mm/d, upper to lower groundwater
-    "overflow": Range(0, 100),                              # mm in the upper; above, k0 drains too
-    "k0": Range(0.05, 0.9, True),                           # 1/d
-    "k1": Range(0.01, 0.5, True),                           # 1/d, of the upper
-    "k2": Range(0.001, 0.2, True),                          # 1/d, of the lower
-}
-DAILY = ("beta", "shape", "k0")                             # may differ from day to day
-STORES = {                                                  # where a window begins
-    "snow": Range(0, 1), "water": Range(0, 1),              # mm, and mm of water in it
-    "soil": Range(0, 1),                                    # of its capacity
-    "upper": Range(0, 20), "lower": Range(0, 100)}          # mm of groundwater
-ROUTING = {"a": Range(0.3, 3, True), "b": Range(0.5, 6.5, True)}    # of the gamma function; b in d
+def in_units(forcing, names, scaling):
+    """Precipitation, temperature and PET in mm/d and °C, (L, B, 1) each, of the standardised
+    forcing (B, L, C).
+
+    A missing day is the mean of the window's others, a window without any 0. Temperature is the
+    mean of the extremes if need be. ValueError if the sites lack a variable.
+    """
+    log, mean, std = scaling.to(forcing)                                        # (C,) each
+    x = forcing * std + mean
+    x = torch.where(log > 0, x.expm1(), x)
+    x = torch.where(x.isnan(), x.nanmean(1, keepdim=True), x).nan_to_num()
+    series = dict(zip(names, x.transpose(0, 1).split(1, -1)))                   # (L, B, 1) each
+    if "temperature" not in series and {"tmax", "tmin"} <= series.keys():
+        series["temperature"] = (series["tmax"] + series["tmin"]) / 2
+    for name in ("precipitation", "temperature", "pet"):
+        data.check(name in series, f"the sites have no {name}, which hbv needs, but {names}")
+    return series["precipitation"], series["temperature"], series["pet"]
 
 
 def hbv(precipitation, temperature, pet, parameters, stores):
     """Flow before routing and evaporation, (L, B, K), and the stores after the last day.
 
-    Weather (L, B, 1) in mm/d and °C; PARAMETERS {name: (L, B, K) or (1, B, K)}; the STORES in mm,
-    (B, K) each, before the first day.
+    Weather (L, B, 1) in mm/d and °C; parameters {name: (L, B, K) or (1, B, K)} of FIXED and DAILY;
+    the STORES in mm, (B, K) each, before the first day.
     """
     p, (snow, water, soil, upper, lower) = parameters, stores
     warmth = temperature - p["threshold"]                                       # (L, B, K)
     rain = torch.where(warmth > 0, precipitation, 0)
-    melt = p["degree_day"] * warmth.relu()
-    freeze = p["refreezing"] * p["degree_day"] * (-warmth).relu()
-    by_day = [rain, precipitation - rain, melt, freeze, pet, p["limit"] * p["capacity"]]
-    by_day += [p[name] for name in ("retention", "capacity", "beta", "shape", "percolation",
-                                    "overflow", "k0", "k1", "k2")]
+    by_day = p | {"rain": rain, "snowfall": precipitation - rain, "pet": pet,
+                  "melt": p["degree_day"] * warmth.relu(),
+                  "freeze": p["refreezing"] * p["degree_day"] * (-warmth).relu(),
+                  "enough": p["limit"] * p["capacity"]}     # mm of soil water to evaporate pet
     flow, evaporation = [], []
     # minimum(x, store) costs more to differentiate than the relu(store - x) that it leaves
-    for (rain, snowfall, melt, freeze, pet, limit, retention, capacity, beta, shape, percolation,
-         overflow, k0, k1, k2) in zip(*(x.expand(warmth.shape).unbind() for x in by_day)):
-        snow = snow + snowfall
-        frozen, liquid = (snow - melt).relu(), (water - freeze).relu()
+    for values in zip(*[x.expand(warmth.shape).unbind() for x in by_day.values()]):     # (B, K)
+        day = SimpleNamespace(**dict(zip(by_day, values)))
+        snow = snow + day.snowfall
+        frozen, liquid = (snow - day.melt).relu(), (water - day.freeze).relu()
         snow, water = frozen + water - liquid, liquid + snow - frozen
-        outflow = (water - retention * snow).relu()
+        outflow = (water - day.retention * snow).relu()
         water = water - outflow
 
-        inflow = rain + outflow
-        recharge = inflow * power(soil / capacity, beta)
+        inflow = day.rain + outflow
+        recharge = inflow * power(soil / day.capacity, day.beta)
         soil = soil + inflow - recharge
-        excess = (soil - capacity).relu()
+        excess = (soil - day.capacity).relu()
         soil = soil - excess
-        left = (soil - pet * power((soil / limit).clamp(max=1), shape)).relu()
+        left = (soil - day.pet * power((soil / day.enough).clamp(max=1), day.shape)).relu()
         evaporation.append(soil - left)
         soil = left
 
         upper = upper + recharge + excess
-        left = (upper - percolation).relu()
+        left = (upper - day.percolation).relu()
         lower = lower + upper - left
-        q0 = k0 * (left - overflow).relu()
-        q1 = k1 * (left - q0)
-        q2 = k2 * lower
+        q0 = day.k0 * (left - day.overflow).relu()
+        q1 = day.k1 * (left - q0)
+        q2 = day.k2 * lower
         upper, lower = left - q0 - q1, lower - q2
         flow.append(q0 + q1 + q2)
     return torch.stack(flow), torch.stack(evaporation), (snow, water, soil, upper, lower)
@@ -114,69 +154,19 @@ def route(flow, a, b):
 
 
 def within(ranges, x):
-    """Any numbers (..., len(ranges)) -> {name: value within its bounds (...)}."""
+    """Any numbers (..., len(ranges)) -> {name: value within its bounds (...)}.
+
+    Where the bounds are more than a factor of five apart it is even in the logarithm.
+    """
     values = {}
-    for (name, (low, high, log)), share in zip(ranges.items(), x.sigmoid().unbind(-1)):
+    for (name, (low, high)), share in zip(ranges.items(), x.sigmoid().unbind(-1)):
+        log = 0 < 5 * low < high
         values[name] = low * (high / low) ** share if log else low + (high - low) * share
     return values
 
 
-def weather(forcing, names):
-    """Precipitation, temperature and PET, (B, L, 3), of a window's forcing (B, L, C), no NaN.
-
-    Temperature is the mean of the extremes if need be. A missing day is the mean of the window's
-    others, a window without any 0. ValueError if the sites lack a variable.
-    """
-    series = dict(zip(names, np.moveaxis(forcing, -1, 0)))                      # (B, L) each
-    if "temperature" not in series and {"tmax", "tmin"} <= series.keys():
-        series["temperature"] = (series["tmax"] + series["tmin"]) / 2
-    result = []
-    for name in ("precipitation", "temperature", "pet"):
-        data.check(name in series, f"the sites have no {name}, which hbv needs, but {names}")
-        x = torch.from_numpy(series[name])
-        mean = x.nanmean(1, keepdim=True)                                       # (B, 1)
-        result.append(torch.where(x.isnan(), mean, x).nan_to_num())
-    return torch.stack(result, -1)                                              # (B, L, 3)
-
-
-class HBVHead(nn.Module):
-    """LSTM -> parameters -> HBV -> square root of flow in mm/d: (L, B, width) -> (L, B)."""
-
-    def __init__(self, width, dropout, shapes):
-        super().__init__()
-        self.dropout, self.lstm = Dropout(dropout), nn.LSTM(width, width)
-        self.fixed = {n: r for n, r in (PARAMETERS | STORES).items() if n not in DAILY}
-        self.daily = {n: PARAMETERS[n] for n in DAILY}
-        self.of_basin = nn.Linear(width, COMPONENTS * len(self.fixed))
-        self.of_day = nn.Linear(width, COMPONENTS * len(self.daily))
-        self.routing = nn.Linear(width, len(ROUTING))
-
-    def forward(self, x, extra):
-        x, _ = self.lstm(self.dropout(x))                                       # (L, B, width)
-        with torch.autocast(x.device.type, enabled=False):
-            x = self.dropout(x.float())
-            mean = x.mean(0, keepdim=True)                                      # (1, B, width)
-            p = within(self.fixed, self.of_basin(mean).unflatten(-1, (COMPONENTS, -1)))
-            p |= within(self.daily, self.of_day(x).unflatten(-1, (COMPONENTS, -1)))
-            p["soil"] = p["soil"] * p["capacity"]
-            stores = [p[name][0] for name in STORES]                            # (B, K) each
-            precipitation, temperature, pet = extra[-1].transpose(0, 1).split(1, -1)
-            flow, *_ = hbv(precipitation, temperature, pet, p, stores)          # (L, B, K)
-            flow = route(flow.mean(-1), **within(ROUTING, self.routing(mean[0])))   # (L, B)
-            return (flow + 1e-4).sqrt()                     # of zero the slope would be infinite
-
-
 for name in ("resconn", "lstm"):
-    finetune.VARIANTS[f"{name}-hbv"] = replace(
-        finetune.VARIANTS[name], head=HBVHead, weather=weather, standardised=False,
-        transform=finetune.square_root, inverse=finetune.square, needs=finetune.LSTMHead)
-
-
-@dataclass
-class Options(finetune.Options):
-    model: str = finetune.option("model", "resconn,lstm,resconn-hbv,lstm-hbv",
-                                 "of finetune.VARIANTS, joined by commas")
-
+    VARIANTS[f"{name}-hbv"] = VARIANTS[name]._replace(network=HBV)
 
 if __name__ == "__main__":
-    common.main("streamflow", __doc__, Options)
+    data.command(partial(main, models="resconn,lstm,resconn-hbv,lstm-hbv", description=__doc__))

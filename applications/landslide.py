@@ -10,72 +10,79 @@ soil.py). Baselines: `cnn`, the patch alone; `glm`, logistic regression on the a
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch.nn as nn
-import torch.nn.functional as F
 
 import data
-import finetune
-from applications import common
+import train
+from applications import soil, values
+from applications.common import one_file, read_npz
 
 SIZE = 17                                                   # cells along the side of a patch
-ATTRIBUTES = {"slope": "slope", "cplan": "plan_curvature", "cprof": "profile_curvature",
-              "elev": "elevation", "log10_carea": "upslope_area"}       # column -> our name
+# x and y, of the group "landslide", are hidden with the target; lslpts is read as text, as ids
+COLUMNS = {"x": ("landslide_x", 1), "y": ("landslide_y", 1), "lslpts": ("id", 1),
+           "elev": ("elevation", 1)}
 LABELS = {"TRUE": 1, "1": 1, "FALSE": 0, "0": 0}
 
 
-class PatchHead(nn.Module):
-    """Features of the patch join those of the site: (1, B, width), [(B, K, H, W)] -> (1, B)."""
-
-    def __init__(self, width, dropout, shapes):
-        super().__init__()
-        layers = shapes["patch"]
-        self.mlp = common.MLPHead(width, dropout, shapes)
-        self.cnn = nn.Sequential(
-            nn.BatchNorm2d(layers, affine=False, momentum=None),    # scales as training patches
-            nn.Conv2d(layers, width // 4, 3, padding=1), nn.GELU(), nn.MaxPool2d(2),
-            nn.Conv2d(width // 4, width, 3, padding=1), nn.GELU())
-
-    def forward(self, x, extra):
-        features = self.cnn(extra[0]).mean((2, 3))                              # (B, width)
-        return self.mlp(x + features, extra)                                    # (1, B)
+def terrain(layers, height, cells, width):
+    """A network of the features of a patch: (B, K, H, W) -> (B, width)."""
+    return nn.Sequential(
+        nn.BatchNorm2d(layers, affine=False, momentum=None),    # scales as training patches
+        nn.Conv2d(layers, width // 4, 3, 1, 1), nn.GELU(), nn.MaxPool2d(2),
+        nn.Conv2d(width // 4, width, 3, 1, 1), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def read_landslide(folder):
-    """Points with their attributes, label and patch (K, SIZE, SIZE) of the raster."""
-    path = common.one_file(folder, "*.csv")
-    raster_path = common.one_file(folder, "*.npz")
-    raster = common.read_npz(raster_path, ta="khw", xmin="", ymax="", res="")
-    maps, left, top, cell = (raster[name] for name in ("ta", "xmin", "ymax", "res"))
-    data.check(cell > 0 and np.isfinite(left + top),
-               f"{raster_path}: cells of {cell} m from {left}, {top}")
-    table = data.Table(path, ["x", "y", "lslpts", *ATTRIBUTES])
-    attributes = {name: table.numbers(column) for column, name in ATTRIBUTES.items()}
-    x, y, labels = table.numbers("x"), table.numbers("y"), table.columns["lslpts"]
-    table.refuse("x", table.columns["x"], np.isnan(x))
-    table.refuse("y", table.columns["y"], np.isnan(y))
-    table.refuse("lslpts", labels, [label.upper() not in LABELS for label in labels])
+values.LAYERS["patch"] = terrain
+VARIANTS = {"resconn": ("embedding", "attributes", "patch"), "cnn": ("patch",),
+            "glm": ("attributes",)}
+
+
+def read(folder):
+    """Points with label, terrain and place, which are attributes until one is made the target."""
+    path = one_file(folder, "*.csv")
+    table = data.read_table(path, "id", columns=COLUMNS)
+    table["landslide"] = np.array([LABELS.get(text.upper(), np.nan) for text in table.pop("id")])
+    x, y = table.get("landslide_x", np.nan), table.get("landslide_y", np.nan)   # (N,) m
+    bad = np.flatnonzero(np.isnan(table["landslide"] + x + y))
+    data.check(not len(bad), f"{path}, line {bad[:1] + 2}: expected TRUE or FALSE, x and y")
     lat = (y - 1e7) / 110_578                               # degrees, right to some 100 m
     lon = -81 + (x - 5e5) / (111_276 * np.cos(np.deg2rad(lat)))
-    for i, label in enumerate(labels):
-        row = int((top - y[i]) // cell) - SIZE // 2
-        column = int((x[i] - left) // cell) - SIZE // 2
-        patch = maps[:, max(row, 0):row + SIZE, max(column, 0):column + SIZE]
-        if patch.shape[1:] != (SIZE, SIZE) or np.isnan(patch).any():
-            print(f"{path}, line {table.lines[i]}: skipped, its patch leaves the raster")
-            continue
-        static = {name: values[i] for name, values in attributes.items()}
-        extra = {"patch": patch, "landslide": LABELS[label.upper()]}
-        yield data.Record(f"point_{i:04d}", path, (lat[i], lon[i]), static, {}, extra)
+    for i, place in enumerate(zip(lat, lon)):
+        static = {name: column[i] for name, column in table.items()}
+        yield data.Record(f"point_{i:04d}", path, place, static, np.array([], "datetime64[D]"), {})
 
 
-def add_synthetic_slopes(sites, options):
+def read_patches(folder, x, y):
+    """The raster round points at x, y (N,): (N, K, SIZE, SIZE), with NaN where it ends."""
+    raster = read_npz(one_file(folder, "*.npz"), ta="khw", xmin="", ymax="", res="")
+    left, top, cell = raster["xmin"], raster["ymax"], raster["res"]
+    data.check(cell > 0 and np.isfinite(left + top), f"{folder}: cells of {cell} m, {left}, {top}")
+    maps = np.pad(np.float32(raster["ta"]), [(0, 0)] + 2 * [(SIZE, SIZE)], constant_values=np.nan)
+    around = np.lib.stride_tricks.sliding_window_view(maps, (SIZE, SIZE), (1, 2))
+    row = np.clip((top - y) // cell + SIZE // 2 + 1, 0, around.shape[1] - 1).astype(int)
+    column = np.clip((x - left) // cell + SIZE // 2 + 1, 0, around.shape[2] - 1).astype(int)
+    return around[:, row, column].swapaxes(0, 1)
+
+
+def load_sites(o):
+    """Sites with extra["patch"] (N, K, SIZE, SIZE) and the target (N, 1): 1 where it slid."""
+    if o.data == "synthetic":
+        return add_synthetic_slopes(data.load(quick=o.quick))
+    sites = data.load(o.data, cache=Path(o.out, "cache"))
+    places = train.arrange(sites.static, sites.static_names, ("landslide_x", "landslide_y"))
+    patch = read_patches(o.data.partition(":")[2], *places.T)
+    outside = np.isnan(patch).any((1, 2, 3))                                    # (N,)
+    data.tell(f"{o.data}: points left out, their patch leaves the raster", sites.ids[outside])
+    sites = soil.attribute_as_target(sites, "landslide")
+    sites.target[outside] = np.nan
+    return replace(sites, extra={"patch": np.nan_to_num(patch)})
+
+
+def add_synthetic_slopes(sites):
     """For the synthetic world: 10 m maps of height and slope, (N, 2, 17, 17), and where it slid."""
-    if "patch" in sites.extra:
-        return sites
-    data.check("latents" in sites.extra,
-               "these sites have no patches: expected --data synthetic or landslide:DIR")
     rng, N = np.random.default_rng(0), len(sites.ids)
     relief, wet, _, _, _, growth, depth, _ = sites.extra["latents"].T           # (N,) each
     waves = np.cos(np.pi * np.arange(4)[:, None] * (np.arange(SIZE) + 0.5) / SIZE)  # (4, SIZE)
@@ -83,22 +90,15 @@ def add_synthetic_slopes(sites, options):
     height *= 3 * np.exp(0.5 * relief)[:, None, None]                           # (N, H, W) m
     slope = np.rad2deg(np.arctan(np.hypot(*np.gradient(height, 10.0, axis=(1, 2)))))
     patch = np.stack([height, slope], 1).astype(np.float32)                     # (N, 2, H, W)
-    roots = logistic(6 * (growth - 0.55) + 0.8 * np.log(depth))                 # share of forest
+    roots = 1 / (1 + np.exp(-6 * (growth - 0.55) - 0.8 * np.log(depth)))        # share of forest
     steepness = 0.12 * (slope[:, SIZE // 2, SIZE // 2] - 14)
     slid = steepness + 1.5 * wet - 2 * roots + 0.7 * rng.standard_normal(N) > 0     # (N,)
-    return replace(sites, target=slid.astype(np.float32), extra=sites.extra | {"patch": patch})
+    return replace(sites, target=slid[:, None].astype(np.float32), extra={"patch": patch})
 
 
-def logistic(x, sites=None):
-    return 1 / (1 + np.exp(-x))
+def main(argv=None):
+    values.main(__doc__, load_sites, argv, VARIANTS, classes=True, target="landslide")
 
-
-data.READERS["landslide"] = read_landslide
-finetune.VARIANTS["cnn"] = finetune.Variant("", inputs=(), needs=PatchHead)
-finetune.TASKS["landslide"] = finetune.Task(
-    "landslide", models="resconn,cnn,glm", baseline="cnn", inputs=("static",), head=PatchHead,
-    extra=("patch",), loss=F.binary_cross_entropy_with_logits, standardised=False,
-    inverse=logistic, scoring="class", prepare=add_synthetic_slopes)
 
 if __name__ == "__main__":
-    common.main("landslide", __doc__)
+    data.command(main)

@@ -9,17 +9,16 @@
 It differs from the paper's text: tokens times sqrt(D) before the encoder, ReLU, a LayerNorm after
 the encoder and after the LSTM, which reads forward only; no season, no location. FILE.npz holds
 their state dict (state/…), heads, inputs x, s and mask, and their outputs under the names below.
+Their code: github.com/jaxonson25-hash/StefaLandRelease.
 """
 
 import math
 import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import data
 from applications.common import read_npz
@@ -32,36 +31,32 @@ class Release(nn.Module):
     def __init__(self, config, positions):
         super().__init__()
         self.dynamic_names, self.static_names = config.dynamic_names, config.static_names
-        n_dynamic, n_static = len(self.dynamic_names), len(self.static_names)
         d, d_hidden = config.d_model, config.d_hidden
-        self.dynamic_embedding = VariableEmbedding(n_dynamic, d, d_hidden)
-        self.static_embedding = VariableEmbedding(n_static, d, d_hidden)
+        self.dynamic_embedding = VariableEmbedding(len(self.dynamic_names), d, d_hidden)
+        self.static_embedding = VariableEmbedding(len(self.static_names), d, d_hidden)
         self.position = nn.Parameter(torch.zeros(positions, d))
-        layers = [EncoderLayer(config, activation=F.relu) for _ in range(config.n_layers)]
-        self.encoder, self.encoder_norm = nn.ModuleList(layers), nn.LayerNorm(d)
+        layers = [EncoderLayer(config, activation=torch.relu) for _ in range(config.n_layers)]
+        self.encoder, self.encoder_norm = nn.Sequential(*layers), nn.LayerNorm(d)
         self.project = nn.Linear(d, d)
         self.decoder, self.decoder_norm = nn.LSTM(d, d, batch_first=True), nn.LayerNorm(d)
-        self.dynamic_projection = VariableProjection(n_dynamic, d, d_hidden)
-        self.static_projection = VariableProjection(n_static, d, d_hidden)
+        self.dynamic_projection = VariableProjection(len(self.dynamic_names), d, d_hidden)
+        self.static_projection = VariableProjection(len(self.static_names), d, d_hidden)
 
     def embed(self, forcing, static, hidden=Masks()):
         """T day tokens and, last, the static token, before their scaling: (B, T+1, D)."""
         days = self.dynamic_embedding(forcing, hidden.dynamic)                  # (B, T, D)
         site = self.static_embedding(static, hidden.static)[:, None]            # (B, 1, D)
-        tokens = torch.cat([days, site], 1)                                     # (B, T+1, D)
-        return tokens + self.position[:tokens.shape[1]]
+        return torch.cat([days, site], 1) + self.position[:days.shape[1] + 1]
 
     def encode(self, forcing, static, hidden=Masks()):
         """Embedding of each day and, last, of the site: (B, T, C), (B, S) -> (B, T+1, D)."""
         x = self.embed(forcing, static, hidden) * math.sqrt(self.position.shape[1])
-        for layer in self.encoder:
-            x = layer(x)
+        x = self.encoder(x)                                                     # (B, T+1, D)
         return self.project(self.encoder_norm(x))                               # (B, T+1, D)
 
     def decode(self, encoded):
         """All variables, reconstructed: (B, T+1, D) -> (B, T, C), (B, S)."""
-        x, _ = self.decoder(encoded)                                            # (B, T+1, D)
-        x = self.decoder_norm(x)
+        x = self.decoder_norm(self.decoder(encoded)[0])                         # (B, T+1, D)
         return self.dynamic_projection(x)[:, :-1], self.static_projection(x[:, -1:])[:, 0]
 
 
@@ -71,6 +66,7 @@ RENAME = {  # part of a parameter's name in their release (regular expression) -
     "positional_encoding.position_embedding": "position", "enc_2_dec_embedding": "project",
     "transformer_encoder.layers.": "", "self_attn.in_proj_": "qkv.", "self_attn.out_proj": "out",
     "linear": "ff"}
+SIZES = {"dynamic_embedding.w1", "static_embedding.w1", "position", "encoder.0.ff1.bias"}
 
 
 def from_release(state, heads):
@@ -87,8 +83,8 @@ def from_release(state, heads):
         theirs.setdefault(name, []).append(key)
     values = {}                                             # our name -> value
     for name, keys in theirs.items():
-        side_by_side = 1 if name.endswith("embedding.w2") else 0
-        values[name] = torch.cat([torch.as_tensor(state[key]) for key in keys], side_by_side)
+        axis = 1 if name.endswith("embedding.w2") else 0
+        values[name] = torch.cat([torch.as_tensor(state[key]) for key in keys], axis)
 
     absent = SIZES - values.keys()
     data.check(not absent, f"release state: missing {sorted(absent)}")
@@ -113,9 +109,6 @@ def from_release(state, heads):
     return model.eval()
 
 
-SIZES = {"dynamic_embedding.w1", "static_embedding.w1", "position", "encoder.0.ff1.bias"}
-
-
 def variables(keys):
     """time_series_embedding.embeddings1.<variable>.weight … -> their variables, in order."""
     return tuple(key.split(".")[2] for key in keys)
@@ -124,7 +117,7 @@ def variables(keys):
 @torch.no_grad()
 def differences(path):
     """{output: largest difference} of our network from theirs; path: an npz as at the top."""
-    file = read_npz(Path(path))
+    file = read_npz(path, x="btc", s="bs", mask="btc", heads="")
     state = {name[6:]: value for name, value in file.items() if name.startswith("state/")}
     x, s, mask = (torch.from_numpy(file[name]) for name in ("x", "s", "mask"))
     network = from_release(state, heads=int(file["heads"]))
