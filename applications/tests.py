@@ -1,4 +1,4 @@
-"""Tests of the applications; python test_all.py runs them with its own. Real data: ../shared/real."""
+"""Tests of the applications; python test_all.py runs them, too. Real data: ../shared/real."""
 
 import contextlib
 import io
