@@ -1,7 +1,7 @@
 """Metrics, and the table over every run that finetune.py left under out/runs.
 
     python eval.py                          a row per setting and model: score ± error over folds
-    python -m applications.gains            how often, and by how much, a model is better at a site
+    python -m applications.ensembles        medians of seeds and models, and gains paired by site
 """
 
 import json
