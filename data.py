@@ -97,7 +97,8 @@ def describe(spec, sites, target):
             raise ValueError(f"{spec}: site {sites.ids[i]}: {name} {x[i, day]:g} is not {low:g} to "
                              f"{high:g} {row['unit']}; if it means missing, write an empty field")
     if target == "streamflow" and "precipitation" in table:
-        rain, flow = (np.nan_to_num(table[name]).sum(1) for name in ("precipitation", target))
+        known = np.isfinite(table["precipitation"] + table[target])             # (N, T)
+        rain, flow = (np.where(known, table[x], 0).sum(1) for x in ("precipitation", target))
         both = (rain > 0) & (flow > 0)                                          # (N,)
         ratio = np.median(flow[both] / rain[both]) if both.any() else np.nan
         doubt = "" if 0.01 <= ratio <= 2 else ": are both in mm/d?" * bool(both.any())
