@@ -56,7 +56,8 @@ def best_mixture(runs):
     """The runs of those models whose median scores best at sites they left out, by their
     clipped NSE; and {names: that score} of every mixture."""
     names, tried = sorted({run["model"] for run in runs}), {}
-    for n in range(len(names), 0, -1):                      # of equals, the larger mixture
+    # of equals, the larger mixture; of very many models only all together and each by itself
+    for n in range(len(names), 0, -1) if len(names) < 10 else (len(names), 1):
         for some in combinations(names, n):
             obs, sim = left_out([run for run in runs if run["model"] in some])
             if obs.shape[1] == 1:                           # values: all sites are one series
