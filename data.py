@@ -44,26 +44,55 @@ class Sites:
         return content.hexdigest()
 
 
-# Name, kind, group, unit, limits of each variable; Caravan's column and its factor to our unit. A
-# group is hidden together, "context" never. What HydroATLAS makes from gauges is no input.
-TABLE = Path(__file__).with_name("variables.csv")
-with open(TABLE, encoding="utf-8") as csv_file:
-    VARIABLES = {row["name"]: row for row in csv.DictReader(csv_file)}
-STATIC = [name for name, row in VARIABLES.items() if row["kind"] == "static"]
-DYNAMIC = [name for name, row in VARIABLES.items() if row["kind"] == "dynamic"]
-COLUMNS = {name: (name, 1) for name in VARIABLES}           # theirs -> ours, factor
-COLUMNS |= {row["caravan"]: (name, np.float32(row["factor"] or 1))
-            for name, row in VARIABLES.items() if row["caravan"]}
+# Each paragraph: kind and group, then of each variable its name, its unit and Caravan's column with
+# its factor to our unit. A group is hidden together, "context" never. What HydroATLAS makes from
+# gauges, such as run-off, is no input.
+TABLE = """
+static terrain   elevation m ele_mt_sav, elevation_max m ele_mt_smx, elevation_min m ele_mt_smn,
+  slope deg slp_dg_sav*0.1, groundwater_depth m gwt_cm_sav*0.01, soil_depth m -;
+static soil   clay % cly_pc_sav, silt % slt_pc_sav, sand % snd_pc_sav,
+  organic_carbon t/ha soc_th_sav, soil_water % swc_pc_syr, soil_porosity - -, water_capacity m -;
+static geology   karst % kar_pc_sse, carbonate % -, permeability log10m2 -, rock_porosity - -;
+static vegetation   forest % for_pc_sse, cropland % crp_pc_sse, pasture % pst_pc_sse,
+  inundation % inu_pc_smx, ndvi - -;
+static climate   p_mean mm/d p_mean, p_seasonality - -, high_p_days d/yr high_prec_freq*365.25,
+  low_p_days d/yr low_prec_freq*365.25, temperature_mean degC tmp_dc_syr*0.1,
+  temperature_min degC tmp_dc_smn*0.1, temperature_max degC tmp_dc_smx*0.1,
+  pet_mean mm/d pet_mm_syr*0.002738, aet_mean mm/d aet_mm_syr*0.002738, wetness - ari_ix_sav*0.01,
+  snow_fraction - frac_snow, snow_cover % snw_pc_syr;
+static context   area km2 area, lakes % lka_pc_sse*0.1, urban % urb_pc_sse,
+  population_density 1/km2 ppd_pk_sav;
+daily precipitation   precipitation mm/d total_precipitation_sum;
+daily temperature   temperature degC temperature_2m_mean, tmax degC temperature_2m_max,
+  tmin degC temperature_2m_min, pet mm/d -;
+daily radiation   shortwave W/m2 -, net_shortwave W/m2 surface_net_solar_radiation_mean;
+daily humidity   humidity % -;
+other -   id - gauge_id, date - -, lat degN gauge_lat, lon degE gauge_lon, soil_moisture m3/m3 -,
+  streamflow mm/d streamflow, dewpoint degC dewpoint_temperature_2m_mean"""
+LIMITS = {"static mm/d": (0, 100), "mm/d": (0, 2000), "degC": (-90, 60), "W/m2": (-50, 1500),
+          "%": (0, 100), "m": (-500, 9000), "deg": (0, 90), "d/yr": (0, 366), "km2": (0, 1e7),
+          "1/km2": (0, 1e6), "t/ha": (0, 1e4), "m3/m3": (0, 1), "-": (-50, 1000),
+          "degN": (-90, 90), "degE": (-360, 360)}           # by unit
+Variable = namedtuple("Variable", "kind group unit")
+VARIABLES, COLUMNS = {}, {}                                 # COLUMNS: theirs -> ours, factor
+for paragraph in TABLE.split(";"):
+    kind_of, group_of, *words = paragraph.replace(",", " ").split()
+    for own_name, unit_of, column in zip(words[::3], words[1::3], words[2::3]):
+        theirs, _, factor_of = column.partition("*")
+        VARIABLES[own_name] = Variable(kind_of, group_of, unit_of)
+        COLUMNS |= {own_name: (own_name, 1), theirs: (own_name, np.float32(factor_of or 1))}
+del COLUMNS["-"]                                            # where Caravan has none
+DYNAMIC = [name for name, row in VARIABLES.items() if row.kind == "daily"]
 
 
 def groups(names):
     """The group of each variable. One of an unknown name is a group by itself, or with those of
     the same prefix: rock_granite, rock_marl and so on, one column a class, are the group "rock"."""
-    known = {name: row["group"] for name, row in VARIABLES.items()}
+    known = {name: row.group for name, row in VARIABLES.items() if row.kind in ("static", "daily")}
     prefix = {name: name.partition("_")[0] for name in names if name not in known}
     count = Counter(prefix.values())
     classes = {name: text for name, text in prefix.items() if count[text] > 1}
-    return tuple([known.get(name) or classes.get(name, name) for name in names])
+    return tuple([known.get(name, classes.get(name, name)) for name in names])
 
 
 def load(spec="synthetic", target="streamflow", cache="out/cache", quick=False):
@@ -88,20 +117,19 @@ def describe(spec, sites, target):
     table |= dict(zip(sites.dynamic_names, np.moveaxis(sites.forcing, -1, 0)))  # (N, T) each
     table |= {target: sites.target} | dict(zip(sites.static_names, sites.static.T[..., None]))
     for name, x in table.items():
-        known, row = np.isfinite(x), VARIABLES.get(name, defaultdict(str))
+        known, (kind, _, unit) = np.isfinite(x), VARIABLES.get(name, ("", "", ""))
         some = x[known] if known.any() else np.full(1, np.nan)
-        print(f"  {name:<22}{row['unit']:>8}{some.mean(dtype=float):>10.4g}{some.min():>10.4g}"
+        print(f"  {name:<22}{unit:>8}{some.mean(dtype=float):>10.4g}{some.min():>10.4g}"
               f"{some.max():>10.4g}{1 - known.mean():>9.0%}{known.any(1).sum():>7}")
-        low, high = float(row["lowest"] or "-inf"), float(row["highest"] or "inf")
+        low, high = LIMITS.get(f"{kind} {unit}") or LIMITS.get(unit, (-np.inf, np.inf))
         for i, day in np.argwhere((x < low) | (x > high)):
             raise ValueError(f"{spec}: site {sites.ids[i]}: {name} {x[i, day]:g} is not {low:g} to "
-                             f"{high:g} {row['unit']}; if it means missing, write an empty field")
+                             f"{high:g} {unit}; if it means missing, write an empty field")
     if target == "streamflow" and "precipitation" in table:
-        known = np.isfinite(table["precipitation"] + table[target])             # (N, T)
-        rain, flow = (np.where(known, table[x], 0).sum(1) for x in ("precipitation", target))
-        both = (rain > 0) & (flow > 0)                                          # (N,)
-        ratio = np.median(flow[both] / rain[both]) if both.any() else np.nan
-        doubt = "" if 0.01 <= ratio <= 2 else ": are both in mm/d?" * bool(both.any())
+        rain, flow = np.ma.masked_invalid([table["precipitation"], table[target]])      # (N, T)
+        ratio = np.ma.median((flow + 0 * rain).sum(1) / (rain + 0 * flow).sum(1))
+        ratio = float(np.ma.filled(ratio, np.nan))          # of days that have both
+        doubt = ": are both in mm/d?" if ratio < 0.01 or ratio > 2 else ""
         print(f"  streamflow / precipitation at the median site: {ratio:.3g}{doubt}")
     for what, x in (("attributes", sites.static), ("weather", sites.forcing),
                     ("place", sites.latlon.sum(1)), (target, sites.target)):
@@ -195,24 +223,16 @@ def synthetic_world(seed=0, n_sites=700, years=6):
         "p_mean": rain * np.exp(noise(0.1)), "pet_mean": pet * np.exp(noise(0.05)),
         "temperature_mean": t_mean + noise(0.5), "snow_fraction": snowfall / rain + noise(0.02),
         "area": np.exp(6 + noise(1)), "population_density": np.exp(2 + growth - relief + noise(1))}
-    static = np.hstack(list(views.values()), dtype=np.float32)                  # (N, S)
+    static, group_of = np.hstack([*views.values()], dtype=np.float32), np.array(groups(views))
+    for group in sorted({*group_of.tolist()} - {"context"}):                    # a third is missing
+        static[np.ix_(rng.random(N) < 1 / 3, group_of == group)] = np.nan       # (N, S)
     daily = daily.astype(np.float32)
-    latents = np.hstack([relief, wet, inland, rock, lime, growth, depth, t_mean / 10])  # (N, 8)
     return Sites(
         np.array([f"synthetic_{i:04d}" for i in range(N)]), np.hstack([lat, lon], dtype=np.float32),
-        hide_groups(static, tuple(views), 1 / 3, rng), daily[..., :6], daily[..., 6], dates,
-        tuple(views), ("precipitation", "tmax", "tmin", "pet", "shortwave", "humidity"),
-        {"streamflow": daily[..., 6], "soil_moisture": daily[..., 7],
-         "latents": latents.astype(np.float32)})
-
-
-def hide_groups(static, names, chance, rng):
-    """(N, S) attributes with whole groups missing: each, at each site, with this chance."""
-    static, group_of = static.copy(), np.array(groups(names))
-    for group in sorted({*group_of.tolist()} - {"context"}):
-        hidden = rng.random(len(static)) < chance                               # (N,)
-        static[np.ix_(hidden, group_of == group)] = np.nan
-    return static
+        static, daily[..., :6], daily[..., 6], dates, tuple(views),
+        ("precipitation", "tmax", "tmin", "pet", "shortwave", "humidity"),
+        {"streamflow": daily[..., 6], "soil_moisture": daily[..., 7], "latents": np.float32(
+            np.hstack([relief, wet, inland, rock, lime, growth, depth, t_mean / 10]))})     # (N, 8)
 
 
 # Real archives: a reader takes a folder and yields a Record for each site.
@@ -225,7 +245,7 @@ Record = namedtuple("Record", "id file latlon static dates series")
 def load_archives(spec, target, cache):
     """The sites of all sources; from the cache, if neither files nor readers have changed."""
     readers = Path(__file__).parent / "applications"
-    sources, files = [], [Path(__file__), TABLE, *sorted(readers.glob("*.py"))]
+    sources, files = [], [Path(__file__), *sorted(readers.glob("*.py"))]
     for kind, _, folder in [part.partition(":") for part in spec.split(",")]:
         check(kind in READERS or (readers / f"{kind}.py").is_file(), f"data '{kind}:{folder}': "
               f"neither csv nor caravan, nor is there an applications/{kind}.py that reads it")
@@ -267,8 +287,8 @@ def assemble(records, target):
     ids, count = np.unique([record.id for record in records], return_counts=True)
     check(count.max() == 1, f"{records[0].file.parent}: site {ids[count.argmax()]} is there twice")
     known = set().union(*[record.static for record in records])
-    static_names = [name for name in STATIC if name in known] + sorted(known - {*STATIC})
-    static_names = static_names or ["elevation"]            # one at least, if all missing
+    known = known or {"elevation"}                          # one at least, if all missing
+    static_names = [name for name in VARIABLES if name in known] + sorted(known - {*VARIABLES})
     series = set().union(*[record.series for record in records])
     dynamic_names = [name for name in DYNAMIC if name in series - {target}] or ["precipitation"]
     tell("neither weather nor the target, left out", sorted(series - {*dynamic_names, target}))
@@ -292,8 +312,8 @@ def assemble(records, target):
 
 def read_basins(folder):
     """Basins in Caravan's layout (doi 10.1038/s41597-023-01975-w), or your own.
-    Your own: sites.csv: id, lat, lon (empty: unknown) and attributes, named as in variables.csv or
-    your own way. <id>.csv, for each site that has daily data: date, weather named as there, in its
+    Your own: sites.csv: id, lat, lon (empty: unknown) and attributes, named as in TABLE or in your
+    own way. <id>.csv, for each site that has daily data: date, weather named as there, in its
     units, and the target, such as streamflow in mm/d. Of Caravan the gauges that have a series; its
     potential evaporation is several times too high and not read."""
     own = (folder / "sites.csv").is_file()
@@ -315,8 +335,7 @@ def compare_ids(folder, rows, files):
     no_file, no_row = sorted({*rows} - {*files}), sorted({*files} - {*rows})
     stripped = {re.sub("(^|_)0+", r"\1", site) for site in files}
     lost = [site for site in no_file if re.sub("(^|_)0+", r"\1", site) in stripped]
-    check(not lost, f"{folder}: the ids of {len(lost)} sites ({', '.join(lost[:3])}) differ from "
-          "their files by leading zeros alone: did a spreadsheet drop them?")
+    check(not lost, f"{folder}: {len(lost)} ids lost leading zeros that files have: {lost[:3]}")
     tell(f"{folder}: sites without a daily table", no_file)
     tell(f"{folder}: daily tables without a row of attributes", no_row)
 
@@ -341,11 +360,11 @@ OFFICIAL = "attributes_caravan_", "attributes_hydroatlas_", "attributes_other_" 
 HYDROATLAS = "[a-z]{3}_[a-z0-9]{2}_[a-z0-9]{3}"             # columns, some made from gauges
 
 
-def read_table(path, key, delimiter=",", skiprows=0, columns=COLUMNS, known_only=False):
+def read_table(path, key, delimiter=",", skiprows=0, columns=COLUMNS):
     """A csv, or if delimiter is None a table with blanks: {our name: (n,) values}; ids are str,
     dates datetime64[D], all else float32; NaN = missing: empty, NA, NULL, -999 and below.
-    Of Caravan's own tables only known columns are read. An unknown column that is text is told and
-    not read. FileNotFoundError; ValueError names file, line and column of what cannot be read."""
+    Of Caravan's own tables, and if `columns` are given, only known columns are read. An unknown one
+    that is text is told and not read. FileNotFoundError; ValueError names file, line and column."""
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.reader(file, delimiter=delimiter) if delimiter else map(str.split, file)
         rows = [row for row in rows if row][skiprows:]
@@ -355,9 +374,9 @@ def read_table(path, key, delimiter=",", skiprows=0, columns=COLUMNS, known_only
     ragged = [line for line, row in enumerate(rows, skiprows + 1) if len(row) != len(header)]
     hint = " (fields separated by ';'? expected ',')" if ";" in header[0] else ""
     check(not ragged, f"{path}, line {ragged[:1]}: expected {len(header)} fields{hint}")
-    known_only |= path.name.startswith(OFFICIAL) or path.parts[-4:-3] == ("timeseries",)
+    official = path.name.startswith(OFFICIAL) or path.parts[-4:-3] == ("timeseries",)
     for column, texts in zip(header, zip(*rows[1:])):
-        unread = known_only or re.fullmatch(HYDROATLAS, column)
+        unread = official or columns is not COLUMNS or re.fullmatch(HYDROATLAS, column)
         name, factor = columns.get(column, ("" if unread else column, 1))
         kind, convert, expected = FIELDS.get(name, (np.float32, number, "a number"))
         values = [convert(text) for text in texts] if name else []
@@ -367,9 +386,8 @@ def read_table(path, key, delimiter=",", skiprows=0, columns=COLUMNS, known_only
             check(column not in columns, complaint + f"expected {expected}")
             print(complaint + "a column of text, not read")
         elif name:
-            result[name] = np.array(values, kind)
-            if factor != 1:
-                result[name] *= factor
+            values = np.array(values, kind)
+            result[name] = values if factor == 1 else values * factor
     check(len(result.get(key, ())), f"{path}: no row, or no column {key} among {header}{hint}")
     return result
 

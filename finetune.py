@@ -74,8 +74,8 @@ class Predictor(nn.Module):
         """r_t of weather, or of weather and attributes, flagged where missing: (L, B, width)."""
         r = forcing.transpose(0, 1)                                             # (L, B, C)
         if "static" in self.inputs:
-            flagged = fill_and_flag(r), fill_and_flag(static.expand(len(r), -1, -1))
-            r = torch.cat(flagged, -1)                                          # (L, B, 2 C + 2 S)
+            static = static.expand(len(r), -1, -1)                              # (L, B, S)
+            r = torch.cat([fill_and_flag(r), fill_and_flag(static)], -1)        # (L, B, 2 C + 2 S)
         # mix(conv(r)): both are linear, and one product is several times faster on a CPU
         weight = torch.einsum("oi,ick->okc", self.mix.weight, self.conv.weight).flatten(1)
         r = nn.functional.pad(r.nan_to_num(), (0, 0, 0, 0, 1, 1))               # (L+2, B, channels)
@@ -97,8 +97,7 @@ class Predictor(nn.Module):
 
     def predict(self, sites):
         """The target at other sites, in its unit, for every day: (N, T)."""
-        everything = np.arange(len(sites.ids)), slice(0, len(sites.dates))
-        return Samples(self, sites, *everything).predict()
+        return Samples(self, sites, np.arange(len(sites.ids)), slice(0, len(sites.dates))).predict()
 
 
 # A Predictor, or a subclass; where its encoder is from: "frozen" or "tuned", of --checkpoint,
@@ -106,10 +105,7 @@ class Predictor(nn.Module):
 Variant = namedtuple("Variant", "network embedding inputs",
                      defaults=(Predictor, "frozen", ("forcing",)))
 ROOTS = {"streamflow"}                                      # targets learned as square roots
-VARIANTS = {
-    "resconn": Variant(),
-    "lstm": Variant(embedding="", inputs=("forcing", "static")),
-}
+VARIANTS = {"resconn": Variant(), "lstm": Variant(embedding="", inputs=("forcing", "static"))}
 
 
 def fill_and_flag(x):
@@ -123,8 +119,8 @@ class Samples:
     def __init__(self, model, sites, chosen, days):
         self.model, self.sites, self.chosen, self.days = model, sites, chosen, days
         s = model.settings
-        self.device, self.length = next(model.parameters()).device, s["length"]
-        self.warmup = s["warmup"]                           # first days, not scored
+        self.device = next(model.parameters()).device
+        self.length, self.warmup = s["length"], s["warmup"]     # of the window, of it not scored
         starts = np.arange(max(days.start - self.warmup, 0), max(days.stop - self.warmup, 1),
                            self.length - self.warmup)
         starts = np.unique(np.minimum(starts, max(days.stop - self.length, 0)))
@@ -178,21 +174,19 @@ class Samples:
         for i in self.batches(128):
             outputs = self.outputs(i).cpu().numpy() * s["spread"] + s["centre"]
             for site, start, y in zip(self.site[i], self.start[i], outputs):
-                cold = self.warmup if start else 0
-                days = result[site, start + cold:start + self.length]           # a view
-                np.copyto(days, y[cold:], where=np.isnan(days))     # the earlier window is warmer
+                days = result[site, start:start + self.length]                  # a view
+                np.copyto(days, y, where=np.isnan(days))            # the earlier window is warmer
         return self.model.inverse(result, self.sites)[self.chosen, self.days]
 
 
 def load(path):
     """The model that a run has saved: .predict(sites). First import its variant's application."""
-    def rebuild(saved):
-        variant = saved["settings"]["variant"]
-        data.check(variant in VARIANTS, f"first import the application that defines {variant}")
-        model = VARIANTS[variant].network(saved["settings"])
-        model.load_state_dict(saved["weights"])
-        return model.eval()
-    return load_file(path, "settings", rebuild)
+    saved = load_file(path, "settings")
+    variant = saved["settings"]["variant"]
+    data.check(variant in VARIANTS, f"first import the application that defines {variant}")
+    model = VARIANTS[variant].network(saved["settings"])
+    model.load_state_dict(saved["weights"])
+    return model.eval()
 
 
 def choose_sites(o, sites, held_out, days, rng):
@@ -253,8 +247,7 @@ def load_encoder(o, sites, test, fold):
         print(f"{path}: stopped at step {saved['step']} of {saved['options']['steps']}")
     own = {*sites.dynamic_names, *sites.static_names}
     known = {*encoder.config.dynamic_names, *encoder.config.static_names}
-    data.tell(f"{path}: variables that it knows and the sites lack", sorted(known - own))
-    data.tell(f"{path}: variables that it does not know", sorted(own - known))
+    data.tell(f"{path}: variables known to it or to the sites alone", sorted(own ^ known))
     data.tell(f"{path}: trained to tell, at validation sites too", sorted({o.target} & known))
     file = sha256(Path(path).read_bytes()).hexdigest()
     return encoder, saved | {"overlap": overlap, "file": file}
@@ -344,8 +337,8 @@ def fit(model, o, samples, validation, learned, seed):
     return best
 
 
-def main(argv=None, models="resconn,lstm", prepare=None, description=__doc__):
-    """The command line. An application gives its own models; prepare(sites) may change sites."""
+def main(argv=None, models="resconn,lstm", description=__doc__):
+    """The command line. An application gives its own models."""
     parser = shared_options(description, steps=600, batch_size=32, lr=2e-3)
     add = parser.add_argument
     add("--target", default="streamflow", help="name of the daily series [%(default)s]")
@@ -367,7 +360,6 @@ def main(argv=None, models="resconn,lstm", prepare=None, description=__doc__):
     if o.quick:
         o.steps, o.batch_size = min(o.steps, 10), 8
     sites = data.load(o.data, o.target, Path(o.out, "cache"), o.quick)
-    sites = prepare(sites) if prepare else sites
     setting = name_setting(o, defaults, sites)
     seeds = range(o.seed, o.seed + o.seeds)
     for variant, seed, fold in product(o.model.split(","), seeds, tested_folds(o)):
@@ -384,12 +376,10 @@ def tested_folds(o):
 
 def name_setting(o, defaults, sites):
     """What the files of runs begin with: target, data, hold-out, and options not as by default."""
-    sources = [Path(part.replace(":", "-")).name for part in o.data.split(",")]
-    text = f"{o.target} {'+'.join(sources)} {sites.digest[:4]} {o.holdout}{o.folds}"
-    named = "target", "data", "holdout", "folds", "seed"
-    for option, value in identity(vars(o)).items():
-        if value != defaults[option] and option not in named:
-            text += f", {option} {value}"
+    text = f"{o.target} {Path(o.data).name} {sites.digest[:4]} {o.holdout}{o.folds}"
+    for key, value in identity(vars(o)).items():
+        if value != defaults[key] and key not in ("target", "data", "holdout", "folds", "seed"):
+            text += f", {key} {value}"
     return text.replace("/", "_")
 
 

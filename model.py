@@ -64,7 +64,7 @@ class StefaLand(nn.Module):
         self.season = nn.Linear(2, d, bias=False)
         self.position = nn.Parameter(0.02 * torch.randn(c.max_days + 1, d))
         self.dropout = Dropout(c.dropout)
-        self.encoder = nn.ModuleList([EncoderLayer(c) for _ in range(c.n_layers)])
+        self.encoder = nn.Sequential(*[EncoderLayer(c) for _ in range(c.n_layers)])
         self.project = Linear(d, d)
         self.decoder = nn.LSTM(d, d // 2, batch_first=True, bidirectional=True)
         self.dynamic_projection = VariableProjection(n_dynamic, d, c.d_hidden)
@@ -93,9 +93,7 @@ class StefaLand(nn.Module):
 
     def infer(self, x):
         """The encoder's layers, where tokens learn from each other: (B, T+1, D) -> (B, T+1, D)."""
-        for layer in self.encoder:
-            x = layer(x)
-        return self.project(self.dropout(x))
+        return self.project(self.dropout(self.encoder(x)))
 
     def read(self, *inputs):
         """E, for downstream heads: the tokens before the layers and after, (B, T+1, 2 D)."""
@@ -111,11 +109,9 @@ class StefaLand(nn.Module):
     def forward(self, forcing, static, latlon, day_of_year, hidden):
         """Squared error summed over entries that are hidden *and observed*, and their number.
         Two tensors (2,): dynamic and static. masked_loss() makes the objective of them."""
-        encoded = self.encode(forcing, static, latlon, day_of_year, hidden)
-        dynamic_guess, static_guess = self.decode(encoded)
-        dynamic_sum, dynamic_count = squared_error(dynamic_guess, forcing, hidden.dynamic)
-        static_sum, static_count = squared_error(static_guess, static, hidden.static)
-        return torch.stack([dynamic_sum, static_sum]), torch.stack([dynamic_count, static_count])
+        guesses = self.decode(self.encode(forcing, static, latlon, day_of_year, hidden))
+        errors, counts = zip(*map(squared_error, guesses, (forcing, static), hidden[:2]))
+        return torch.stack(errors), torch.stack(counts)
 
     def draw_masks(self, B, T, generator=None):
         """Hide whole groups (CVGM, A.2): inside random windows, or over the whole sample."""
@@ -245,10 +241,10 @@ def spherical_harmonics(latlon, degree):
 class EncoderLayer(nn.Module):
     """Post-norm Transformer layer (A.4): self-attention, add, norm; feed-forward, add, norm."""
 
-    def __init__(self, config, activation=F.gelu):
+    def __init__(self, config):
         super().__init__()
         d, self.heads = config.d_model, config.n_heads
-        self.activation, self.dropout = activation, Dropout(config.dropout)
+        self.activation, self.dropout = F.gelu, Dropout(config.dropout)
         self.qkv, self.out = Linear(d, 3 * d), Linear(d, d)
         self.ff1, self.ff2 = Linear(d, config.d_ff), Linear(config.d_ff, d)
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)

@@ -280,7 +280,7 @@ def test_wrong_units_of_rain_and_flow_can_be_seen():
 
 def test_ids_that_lost_their_leading_zeros_are_refused():
     for files, ids in (("007", "7"), ("us_007", "us_7")):
-        raises(ValueError, f"1 sites .{ids}. differ from their files by leading zeros",
+        raises(ValueError, f"1 ids lost leading zeros that files have: ..{ids}",
                data.compare_ids, "DIR", [ids, "other"], [files])
     data.compare_ids("DIR", ["10", "7"], ["1", "7"])
 
@@ -399,8 +399,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason():
             (whole[:len(whole) // 2], "not a zip"), (b"text", "not a zip"), (b"", "not a zip"),
             (whole[:at] + b"1234" + whole[at + 4:], "damaged"),                 # one weight changed
             ({"a": 1}, "it has no optimizer: train.py"), (saved | {"x": os.system}, "code"),
-            (saved | {"version": train.VERSION + 1}, "version 6, not 5"),
-            (saved | {"config": {}}, "RuntimeError")):
+            (saved | {"version": train.VERSION + 1}, "version 6, not 5")):
         other.write_bytes(content) if isinstance(content, bytes) else torch.save(content, other)
         raises(ValueError, "other.pt cannot be read: .*" + reason, train.load_checkpoint, other)
     raises(FileNotFoundError, "run train.py first", train.load_checkpoint, "nowhere.pt")
@@ -572,8 +571,8 @@ def test_a_checkpoint_that_has_seen_test_sites_is_refused_and_odd_ones_told():
     torch.save(saved | {"step": 7}, Path(out, "pretrained.pt"))
     said, _ = patched(lambda sites: data.replace(
         sites, static_names=("tea", *sites.static_names[1:])), "--target pet --model resconn", out)
-    for text in ("stopped at step 7 of 8", "it knows and the sites lack: 1 (elevation)",
-                 "does not know: 1 (tea)", "trained to tell, at validation sites too: 1 (pet)"):
+    for text in ("stopped at step 7 of 8", "or to the sites alone: 2 (elevation, tea)",
+                 "trained to tell, at validation sites too: 1 (pet)"):
         assert text in said, said
 
 def samples(variant="resconn", embedding="frozen", length=365, warmup=300):

@@ -30,7 +30,6 @@ TRAINING = {"small": dict(steps=1200, batch_size=32, lr=2e-3),
             "paper": dict(steps=33000, batch_size=256, lr=1e-4),    # 25 x 8,634 sites x 39 years
             "quick": dict(steps=20, batch_size=8, lr=2e-3)}
 VERSION = 5                                                 # of the files' format
-SAVE_EVERY = 200                                            # steps
 STOPS = signal.SIGINT, signal.SIGTERM                       # they end training after a step
 if os.name == "posix" and hasattr(ctypes.CDLL(None), "mallopt"):    # of glibc
     ctypes.CDLL(None).mallopt(-4, 0)            # keep freed blocks: faults are a tenth of a step
@@ -90,9 +89,8 @@ def train(o, sites):
     windows = Windows(sites, scaling, config.max_days, *names)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if rank == 0:
-        print(f"{len(training)} sites to train on, {len(validation)} to validate on, {o.dtype} on "
-              f"{world} {device}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"from step {first}", flush=True)
+        print(f"{len(training)} + {len(validation)} sites, {o.dtype} on {world} {device}, from "
+              f"step {first}, {sum(p.numel() for p in model.parameters()):,} weights", flush=True)
 
     interrupted = torch.zeros(1, device=device)             # Ctrl-C ends the loop after a step
     for number in STOPS:
@@ -101,7 +99,7 @@ def train(o, sites):
     step, began, shown, stop = first, time.time(), 0.0, False
     while True:
         done = stop or step >= o.steps
-        if rank == 0 and (done or step % SAVE_EVERY == 0):
+        if rank == 0 and (done or step % 200 == 0):
             save(checkpoint, config=vars(config), options=vars(o), step=step, ids=ids,
                  digest=digest, latlon=torch.tensor(sites.latlon[training]), scaling=scaling,
                  model=model.state_dict(), optimizer=optimizer.state_dict())
@@ -202,15 +200,15 @@ def save(path, **values):
     data.write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def load_file(path, needs, rebuild):
-    """rebuild(what save() wrote); ValueError says why it cannot be, and no code of it runs."""
+def load_file(path, needs):
+    """What save() wrote, with this key; ValueError says why not, and no code of it runs."""
     data.check(Path(path).is_file(), f"no file {path}: run train.py first", FileNotFoundError)
     try:
         data.check(zipfile.ZipFile(path).testzip() is None, "it is damaged")    # torch ignores sums
         saved = torch.load(path, map_location="cpu", weights_only=True)
         data.check(needs in saved, f"it has no {needs}: train.py and finetune.py write other files")
         data.check(saved["version"] == VERSION, f"version {saved['version']}, not {VERSION}")
-        return rebuild(saved)
+        return saved
     except Exception as error:
         # of such a file torch's own text advises to load it nevertheless
         code = "it holds objects that could be code" if "weights_only" in str(error) else ""
@@ -219,11 +217,10 @@ def load_file(path, needs, rebuild):
 
 def load_checkpoint(path):
     """The network of a checkpoint, on the CPU, and the dict of all that was saved with it."""
-    def rebuild(saved):
-        model = StefaLand(Config(**saved["config"]))
-        model.load_state_dict(saved["model"])
-        return model, saved
-    return load_file(path, "optimizer", rebuild)
+    saved = load_file(path, "optimizer")
+    model = StefaLand(Config(**saved["config"]))
+    model.load_state_dict(saved["model"])
+    return model, saved
 
 
 class Windows:
@@ -233,8 +230,8 @@ class Windows:
     def __init__(self, sites, scaling, days, dynamic_names, static_names):
         data.check(len(sites.dates) >= days, f"{len(sites.dates)} days of data, but windows of "
                    f"{days}: pretrain with --config '{{\"max_days\": {len(sites.dates)}}}'")
-        self.days, self.scaling, self.sites = days, scaling["forcing"], sites
-        self.dynamic_names = dynamic_names
+        self.sites, self.days, self.dynamic_names = sites, days, dynamic_names
+        self.scaling = scaling["forcing"]
         seen = np.stack([~np.isnan(series).all(-1) for series in sites.forcing])    # (N, T)
         self.first, self.last = seen.argmax(1), seen.shape[1] - seen[:, ::-1].argmax(1)
         self.last[~seen.any(1)] = 0                         # no record: windows start at day 0
@@ -261,8 +258,6 @@ class Windows:
 
 def arrange(values, names, wanted):
     """(..., names) -> (..., wanted): these variables in this order, NaN for those not there."""
-    if names == wanted:
-        return values
     values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 1)], constant_values=np.nan)
     return values[..., [names.index(name) if name in names else -1 for name in wanted]]
 
@@ -298,8 +293,7 @@ def options(argv=None):
     o = parser.parse_args(argv)
     defaults = TRAINING["quick" if o.quick else o.preset]
     if o.resume:
-        _, saved = load_checkpoint(Path(o.out, "pretrained.pt"))
-        defaults = saved["options"] | {"out": o.out}
+        defaults = load_checkpoint(Path(o.out, "pretrained.pt"))[1]["options"] | {"out": o.out}
     parser.set_defaults(**defaults)
     return parser.parse_args(argv)
 

@@ -15,13 +15,12 @@ import data
 # Their columns -> ours, factor; data.COLUMNS has those that Caravan names alike. Their slope (m/km)
 # is of a coarser terrain, a third of Caravan's at 482 common gauges: 0.0573 degrees times 3.1.
 COLUMNS = data.COLUMNS | {
-    "elev_mean": ("elevation", 1), "slope_mean": ("slope", 0.178), "clay_frac": ("clay", 1),
-    "soil_depth_pelletier": ("soil_depth", 1), "silt_frac": ("silt", 1), "sand_frac": ("sand", 1),
-    "soil_porosity": ("soil_porosity", 1), "max_water_content": ("water_capacity", 1),
-    "carbonate_rocks_frac": ("carbonate", 100), "geol_permeability": ("permeability", 1),
-    "geol_porostiy": ("rock_porosity", 1), "frac_forest": ("forest", 100),
-    "pet_mean": ("pet_mean", 1), "p_seasonality": ("p_seasonality", 1), "area_gages2": ("area", 1),
-    "high_prec_freq": ("high_p_days", 1), "low_prec_freq": ("low_p_days", 1)}
+    "max_water_content": ("water_capacity", 1), "carbonate_rocks_frac": ("carbonate", 100),
+    "soil_depth_pelletier": ("soil_depth", 1), "geol_permeability": ("permeability", 1),
+    "geol_porostiy": ("rock_porosity", 1), "high_prec_freq": ("high_p_days", 1),
+    "low_prec_freq": ("low_p_days", 1), "slope_mean": ("slope", 0.178), "area_gages2": ("area", 1),
+    "frac_forest": ("forest", 100), "elev_mean": ("elevation", 1), "clay_frac": ("clay", 1),
+    "silt_frac": ("silt", 1), "sand_frac": ("sand", 1)}
 DAILY = {"year": ("year", 1), "mnth": ("month", 1), "day": ("day", 1), "dayl(s)": ("daylight", 1),
          "prcp(mm/day)": ("precipitation", 1), "srad(w/m2)": ("shortwave", 1),
          "tmax(c)": ("tmax", 1), "tmin(c)": ("tmin", 1), "vp(pa)": ("vapour", 1)}
@@ -35,7 +34,7 @@ def read(folder):
     paths = [path for path in paths if f"_{kind}_" in path.name]
     print(f"{folder}: {len(paths)} basins, forcing {kind}")
     tables = [path for path in sorted(folder.rglob("camels_*.txt")) if path.stem != "camels_hydro"]
-    attributes = data.read_attributes(tables, delimiter=";", columns=COLUMNS, known_only=True)
+    attributes = data.read_attributes(tables, delimiter=";", columns=COLUMNS)
     data.compare_ids(folder, attributes, [path.name[:8] for path in paths])
     flows = {path.name[:8]: path for path in folder.glob("usgs_streamflow/**/*_streamflow_qc.txt")}
     for path in paths:
@@ -54,7 +53,7 @@ def read(folder):
 
 def read_weather(path):
     """Dates (T,), {variable: (T,)}; radiation is the day's mean, humidity of vapour pressure."""
-    series = data.read_table(path, "day", None, 3, DAILY, known_only=True)
+    series = data.read_table(path, "day", None, 3, DAILY)
     data.check(len(series) == len(DAILY), f"{path}, line 4: expected {', '.join(DAILY)}")
     months = 12 * (series.pop("year") - 1970) + series.pop("month") - 1
     days = months.astype("datetime64[M]").astype("datetime64[D]") + series.pop("day").astype(int)

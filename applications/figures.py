@@ -92,7 +92,7 @@ def draw_hydrographs(axis, tested, colours):
     for name, row in tested.items():
         label = f"{name}, NSE {row['nse']:.2f}"
         axis.plot(dates[days], row["sim"][days], color=colours[name], label=label)
-    axis.set_ylabel(f"{target} ({data.VARIABLES.get(target, {}).get('unit', 'in its unit')})")
+    axis.set_ylabel(f"{target} ({getattr(data.VARIABLES.get(target), 'unit', 'in its unit')})")
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, handlelength=1)
 
 
@@ -208,7 +208,7 @@ def draw_reconstruction(path, site, dates, names, observed, filled):
         axis.plot(dates, observed[:, v], "k", lw=0.8, label="observed")
         axis.plot(dates, filled[:, v], "C0", label="hidden and reconstructed")
         axis.axvspan(*dates[np.isfinite(filled[:, v])][[0, -1]], color="0.85", zorder=0)
-        axis.set_ylabel(f"{names[v]}\n({data.VARIABLES[names[v]]['unit']})")
+        axis.set_ylabel(f"{names[v]}\n({data.VARIABLES[names[v]].unit})")
         axis.text(1.01, 0.1, *data.groups([names[v]]), transform=axis.transAxes, rotation=-90)
     figure.suptitle(f"{site}, not trained on; each group, named at the right, is hidden in turn")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)

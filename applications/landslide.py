@@ -22,8 +22,8 @@ from applications.common import one_file, read_npz
 
 SIZE = 17                                                   # cells along the side of a patch
 # x and y, of the group "landslide", are hidden with the target; lslpts is read as text, as ids
-COLUMNS = {"x": ("landslide_x", 1), "y": ("landslide_y", 1), "lslpts": ("id", 1),
-           "elev": ("elevation", 1)}
+COLUMNS = {name: (name, 1) for name in ("slope", "cplan", "cprof", "log10_carea")} | {
+    "x": ("landslide_x", 1), "y": ("landslide_y", 1), "lslpts": ("id", 1), "elev": ("elevation", 1)}
 LABELS = {"TRUE": 1, "1": 1, "FALSE": 0, "0": 0}
 
 

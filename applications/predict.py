@@ -181,7 +181,7 @@ def main(argv=None):
     for kinds, score in sorted(tried.items(), key=lambda item: -item[1]):
         print(f"at the validation sites {score:.3f}: {' + '.join(kinds)}")
     target, series = runs[0]["target"], runs[0]["validation_obs"].shape[1] > 1
-    unit = data.VARIABLES.get(target, {"unit": "its unit"})["unit"]
+    unit = getattr(data.VARIABLES.get(target), "unit", "its unit")
     models, content = [], sites.digest.encode()             # content: all that it depends on
     for run in runs:
         path = run["path"].with_suffix(".pt")

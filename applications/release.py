@@ -35,10 +35,11 @@ class Release(nn.Module):
         self.dynamic_embedding = VariableEmbedding(len(self.dynamic_names), d, d_hidden)
         self.static_embedding = VariableEmbedding(len(self.static_names), d, d_hidden)
         self.position = nn.Parameter(torch.zeros(positions, d))
-        layers = [EncoderLayer(config, activation=torch.relu) for _ in range(config.n_layers)]
-        self.encoder, self.encoder_norm = nn.Sequential(*layers), nn.LayerNorm(d)
-        self.project = nn.Linear(d, d)
-        self.decoder, self.decoder_norm = nn.LSTM(d, d, batch_first=True), nn.LayerNorm(d)
+        self.encoder = nn.Sequential(*[EncoderLayer(config) for _ in range(config.n_layers)])
+        for layer in self.encoder:
+            layer.activation = torch.relu
+        self.project, self.decoder = nn.Linear(d, d), nn.LSTM(d, d, batch_first=True)
+        self.encoder_norm, self.decoder_norm = nn.LayerNorm(d), nn.LayerNorm(d)
         self.dynamic_projection = VariableProjection(len(self.dynamic_names), d, d_hidden)
         self.static_projection = VariableProjection(len(self.static_names), d, d_hidden)
 

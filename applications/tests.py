@@ -101,7 +101,7 @@ def test_camels_joins_weather_flow_and_tables():
 
 def test_damaged_camels_files_are_refused_with_file_and_line():
     for old, new, only, complaint in (
-            ("01013500;", "1013500;", "tables", "by leading zeros alone"),
+            ("01013500;", "1013500;", "tables", "1 ids lost leading zeros"),
             ("100.00", "1OO", "flow", "qc.txt, line 1: expected"),
             ("1981 01 02 3", "1981 02 30 3", "flow", "qc.txt, line 3: expected"),
             ("86400000", "-9999", "cida", "lines 1 to 3: expected latitude"),

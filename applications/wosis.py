@@ -64,7 +64,7 @@ def read_layers(folder):
 
 def read_columns(path, columns):
     """{our name: (n,) values} of a table that must have all of these columns."""
-    table = data.read_table(path, "id", "\t", columns=columns, known_only=True)
+    table = data.read_table(path, "id", "\t", columns=columns)
     absent = [column for column, (name, _) in columns.items() if name not in table]
     data.check(not absent, f"{path}: no column {', '.join(absent)}")
     return table
