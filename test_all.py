@@ -478,11 +478,11 @@ def patched(change, options, out=None):
 def test_variants_predict_flow_at_held_out_sites_and_are_saved():
     sites, (_, runs) = data.load(quick=True), tune("--dtype float32")
     test = np.flatnonzero(data.folds(sites, "pub", 5) == 0)
-    for (name, run), mean in zip(runs.items(), (0.62690, 0.63573), strict=True):
+    for (name, run), mean in zip(runs.items(), (0.58771, 0.70919), strict=True):
         assert np.array_equal(run["ids"], sites.ids[test]) and run["overlap"] == 0, name
         days = slice(int(0.6 * len(sites.dates)), len(sites.dates))
         assert np.array_equal(run["obs"], sites.target[test, days])
-        assert abs(run["sim"].mean() - mean) < 0.1 and (run["sim"] >= 0).all(), run["sim"].mean()
+        assert abs(run["sim"].mean() - mean) < 1e-3 and (run["sim"] >= 0).all()     # known
         model = finetune.load(run["path"].with_suffix(".pt"))
         again = finetune.Samples(model, sites, test, days).predict()
         assert np.array_equal(again, run["sim"])
