@@ -8,7 +8,6 @@ Axes: N sites, T days, C dynamic variables, S static attributes.
 
 import csv
 import importlib
-import os
 import re
 import sys
 import tempfile
@@ -18,8 +17,6 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 
 import numpy as np
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")         # torch's threads sleep while they wait
 
 
 @dataclass

@@ -20,11 +20,11 @@ from hashlib import sha256
 from itertools import product
 from pathlib import Path
 
-import data                                                 # before torch: it sets how threads wait
 import numpy as np
 import torch
 import torch.nn as nn
 
+import data
 from eval import series_scores
 from model import Config, Dropout, StefaLand
 from train import (Windows, autocast, descend, fit_standardisation, learning_rate, load_checkpoint,

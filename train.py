@@ -19,11 +19,11 @@ import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-import data                                                 # before torch: it sets how threads wait
 import numpy as np
 import torch
 import torch.distributed as dist
 
+import data
 from model import PRESETS, Config, Masks, StefaLand, masked_loss
 
 TRAINING = {"small": dict(steps=1200, batch_size=32, lr=2e-3),
