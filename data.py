@@ -100,7 +100,7 @@ def load(spec="synthetic", target="streamflow", cache="out/cache", quick=False):
         sites = load_archives(spec, target, cache)
     else:
         sites = synthetic_world(n_sites=60, years=3) if quick else synthetic_world()
-        check(target in sites.extra, f"the synthetic world has no {target}: {[*sites.extra]}")
+        check(target in ("streamflow", "soil_moisture"), f"the synthetic world has no {target}")
         sites = replace(sites, target=sites.extra[target])
     describe(spec, sites, target)
     return sites
@@ -124,8 +124,8 @@ def describe(spec, sites, target):
                              f"{high:g} {unit}; if it means missing, write an empty field")
     if target == "streamflow" and "precipitation" in table:
         rain, flow = np.ma.masked_invalid([table["precipitation"], table[target]])      # (N, T)
-        ratio = np.ma.median((flow + 0 * rain).sum(1) / (rain + 0 * flow).sum(1))
-        ratio = float(np.ma.filled(ratio, np.nan))          # of days that have both
+        ratios = (flow + 0 * rain).sum(1) / (rain + 0 * flow).sum(1)    # of days that have both
+        ratio = float(np.ma.filled(np.ma.median(ratios), np.nan))
         doubt = ": are both in mm/d?" if ratio < 0.01 or ratio > 2 else ""
         print(f"  streamflow / precipitation at the median site: {ratio:.3g}{doubt}")
     for what, x in (("attributes", sites.static), ("weather", sites.forcing),
@@ -148,10 +148,10 @@ def synthetic_world(seed=0, n_sites=700, years=6):
     def noise(size):
         return size * rng.standard_normal((N, 1))
 
-    def share(x):                           # the logistic function
+    def logistic(x):
         return 0.5 + 0.5 * np.tanh(x / 2)
 
-    def field(scale=2.0, local=0.3):        # a latent, (N, 1)
+    def latent(scale=2.0, local=0.3):       # (N, 1)
         waves = xyz @ (scale * rng.standard_normal((3, 64))) + rng.uniform(0, 2 * np.pi, 64)
         smooth = np.cos(waves).sum(1, keepdims=True)
         return (smooth - smooth.mean()) / smooth.std() + noise(local)
@@ -162,17 +162,17 @@ def synthetic_world(seed=0, n_sites=700, years=6):
     land = (np.sin(4 * xyz).sum(1) > 0.7) & (abs(xyz[:, 2] - 0.06) < 0.88)      # 55 S to 70 N
     xyz = xyz[land][:N]
     lat, lon = np.rad2deg(np.arcsin(xyz[:, 2:])), np.rad2deg(np.arctan2(xyz[:, 1:2], xyz[:, :1]))
-    relief, wet, inland = 0.9 * field(3, 0.5), 0.9 * field(), share(1.5 * field())
-    rock, lime, warmth = field(), field(), 26 - 32 * xyz[:, 2:] ** 2
+    relief, wet, inland = 0.9 * latent(3, 0.5), 0.9 * latent(), logistic(1.5 * latent())
+    rock, lime, warmth = latent(), latent(), 26 - 32 * xyz[:, 2:] ** 2
     elevation = 350 * np.exp(0.9 * relief)                                      # m
     t_mean = warmth - 0.004 * elevation + noise(0.7)                            # degC
-    weathered = share((t_mean - 12) / 6) * np.tanh(wet)
+    weathered = logistic((t_mean - 12) / 6) * np.tanh(wet)
     parts = np.exp([1.1 * weathered + 0.5 * lime - 0.5 * rock - 0.6, 0.6 * inland - 0.2,
                     0.8 * rock - 0.5 * weathered])
     clay, silt, sand = 100 * parts / parts.sum(0)                               # %
     depth = 1.2 * np.exp(0.5 * weathered - 0.45 * relief + noise(0.2))          # m
-    growth = np.tanh(np.maximum(0.9 + wet, 0)) * share((t_mean - 5) / 6)
-    forest = 100 * share(6 * (growth - 0.55) + 0.8 * np.log(depth) + noise(0.4))    # %
+    growth = np.tanh(np.maximum(0.9 + wet, 0)) * logistic((t_mean - 5) / 6)
+    forest = 100 * logistic(6 * (growth - 0.55) + 0.8 * np.log(depth) + noise(0.4))    # %
     capacity = depth * (40 + 1.6 * clay + 1.8 * silt)                           # mm of water
     recession = np.clip(10 ** (0.45 * rock + 0.2 * lime - 1.8), 0.002, 0.3)     # 1/d
 
@@ -212,9 +212,9 @@ def synthetic_world(seed=0, n_sites=700, years=6):
         "slope": 4 * np.exp(0.7 * relief + noise(0.4)), "clay": np.clip(clay + noise(6), 0, 100),
         "silt": np.clip(silt + noise(6), 0, 100), "sand": np.clip(sand + noise(6), 0, 100),
         "organic_carbon": 60 * np.exp(0.8 * growth - 0.04 * t_mean + noise(0.4)),
-        "carbonate": 100 * share(4 * (lime - 0.7) + noise(0.6)),
+        "carbonate": 100 * logistic(4 * (lime - 0.7) + noise(0.6)),
         "permeability": rock + noise(0.6) - 13, "ndvi": 0.1 + 0.75 * growth + noise(0.06),
-        "rock_porosity": 0.03 + 0.25 * share(1.5 * rock + noise(0.6)),
+        "rock_porosity": 0.03 + 0.25 * logistic(1.5 * rock + noise(0.6)),
         "forest": np.clip(forest + noise(6), 0, 100),
         "pasture": np.clip((100 - forest) * growth + noise(6), 0, 100),
         "p_mean": rain * np.exp(noise(0.1)), "pet_mean": pet * np.exp(noise(0.05)),
@@ -249,7 +249,7 @@ def load_archives(spec, target, cache):
         check(folder and Path(folder).is_dir(), f"data '{kind}:{folder}': no such folder")
         read = READERS.get(kind) or importlib.import_module(f"applications.{kind}").read
         sources.append((read, Path(folder)))
-        files += sorted(Path(folder).rglob("*"))
+        files += sorted(filter(Path.exists, Path(folder).rglob("*")))   # no dangling links
     states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = sha256(repr([spec, target, states]).encode()).hexdigest()[:16]
     if cache and Path(cache, key).is_dir():
@@ -284,7 +284,8 @@ def assemble(records, target):
     ids, count = np.unique([record.id for record in records], return_counts=True)
     check(count.max() == 1, f"{records[0].file.parent}: site {ids[count.argmax()]} is there twice")
     known = set().union(*[record.static for record in records])
-    known = known or {"elevation"}                          # one at least, if all missing
+    tell("daily variables among the attributes, left out", sorted(known & {*DYNAMIC, target}))
+    known = known - {*DYNAMIC, target} or {"elevation"}     # one at least, if all missing
     static_names = [name for name in VARIABLES if name in known] + sorted(known - {*VARIABLES})
     series = set().union(*[record.series for record in records])
     dynamic_names = [name for name in DYNAMIC if name in series - {target}] or ["precipitation"]
@@ -330,9 +331,8 @@ def read_basins(folder):
 def compare_ids(folder, rows, files):
     """Tell rows without a file and files without a row; ValueError if zeros make the difference."""
     no_file, no_row = sorted({*rows} - {*files}), sorted({*files} - {*rows})
-    stripped = {re.sub("(^|_)0+", r"\1", site) for site in files}
-    lost = [site for site in no_file if re.sub("(^|_)0+", r"\1", site) in stripped]
-    check(not lost, f"{folder}: {len(lost)} ids lost leading zeros that files have: {lost[:3]}")
+    ids, names = [{re.sub("(^|_)0+", r"\1", site) for site in some} for some in (no_file, no_row)]
+    check(not ids & names, f"{folder}: ids and files differ in leading zeros: {[*ids & names][:3]}")
     tell(f"{folder}: sites without a daily table", no_file)
     tell(f"{folder}: daily tables without a row of attributes", no_row)
 
@@ -353,8 +353,7 @@ def read_attributes(tables, **layout):
 READERS = {"caravan": read_basins, "csv": read_basins}      # beside read in applications/NAME.py
 NEVER = np.array([], "datetime64[D]")                       # of a site without daily data
 DAYS = {str(day): day for day in np.arange("1850", "2101", dtype="datetime64[D]")}
-OFFICIAL = "attributes_caravan_", "attributes_hydroatlas_", "attributes_other_"     # tables
-HYDROATLAS = "[a-z]{3}_[a-z0-9]{2}_[a-z0-9]{3}"             # columns, some made from gauges
+OFFICIAL = "/attributes_(caravan|hydroatlas|other)_|/timeseries/csv/"       # Caravan's own tables
 
 
 def read_table(path, key, delimiter=",", skiprows=0, columns=COLUMNS):
@@ -363,23 +362,28 @@ def read_table(path, key, delimiter=",", skiprows=0, columns=COLUMNS):
     Of Caravan's own tables, and if `columns` are given, only known columns are read. An unknown one
     that is text is told and not read. FileNotFoundError; ValueError names file, line and column."""
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = csv.reader(file, delimiter=delimiter) if delimiter else map(str.split, file)
-        rows = [row for row in rows if row][skiprows:]
+        csv.field_size_limit(2 ** 31 - 1)                   # outlines of basins are long texts
+        rows = csv.reader(file, delimiter=delimiter or " ", skipinitialspace=True)
+        rows = [row for row in (rows if delimiter else map(str.split, file)) if row][skiprows:]
     check(rows, f"{path}: it is empty")
     header, result = [text.strip().lower() for text in rows[0]], {}
-    check(len({*header}) == len(header), f"{path}: a column twice in {header}")
+    ours = [columns.get(column, (column,))[0] for column in header]
+    check(len({*ours}) == len(ours), f"{path}: a column twice, or under two names, in {header}")
     ragged = [line for line, row in enumerate(rows, skiprows + 1) if len(row) != len(header)]
     hint = " (fields separated by ';'? expected ',')" if ";" in header[0] else ""
     check(not ragged, f"{path}, line {ragged[:1]}: expected {len(header)} fields{hint}")
-    official = path.name.startswith(OFFICIAL) or path.parts[-4:-3] == ("timeseries",)
+    official = re.search(OFFICIAL, path.as_posix())
     for column, texts in zip(header, zip(*rows[1:])):
-        unread = official or columns is not COLUMNS or re.fullmatch(HYDROATLAS, column)
+        # of HydroATLAS' other columns some are made from gauges
+        unread = official or columns is not COLUMNS or re.fullmatch("[a-z]{3}_.._.{3}", column)
         name, factor = columns.get(column, ("" if unread else column, 1))
+        if (name in FIELDS and name != key) or (official and column == "pet_mean"):
+            name = ""                                       # repeated ids; Caravan's own, too high
         kind, convert, expected = FIELDS.get(name, (np.float32, number, "a number"))
         values = [convert(text) for text in texts] if name else []
         if None in values:
             row = values.index(None)
-            complaint = f"{path}, line {row + skiprows + 2}: {column} is '{texts[row]}', "
+            complaint = f"{path}, line {row + skiprows + 2}: {column} is '{texts[row]:.40}', "
             check(column not in columns, complaint + f"expected {expected}")
             print(complaint + "a column of text, not read")
         elif name:
@@ -508,7 +512,7 @@ def write_atomically(path, write):
         with open(temporary, "wb") as file:
             write(file)
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:                # torch's, of a full disk
         temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}, what was there is kept: {error}") from None
 

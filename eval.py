@@ -24,10 +24,8 @@ def site_metrics(obs, sim):
     corr = ratio((do * ds).sum(), math.sqrt((do ** 2).sum() * (ds ** 2).sum()))
     spread, mean = ratio(s.std(), o.std()), ratio(s.mean(), o.mean())
     flows = np.sort([o, s])                                 # (2, days)
-    top = max(round(0.02 * len(o)), 1)                      # days of the highest 2 %
-    high_o, high_s = flows[:, -top:].sum(1)
-    low = round(0.3 * len(o)) + 1                           # days of the lowest 30 %
-    logs = np.log(flows[:, :low].clip(1e-6))                # (2, low)
+    high_o, high_s = flows[:, -max(round(0.02 * len(o)), 1):].sum(1)    # of the highest 2 %
+    logs = np.log(flows[:, :round(0.3 * len(o)) + 1].clip(1e-6))        # of the lowest 30 %
     low_o, low_s = (logs - logs[:, :1]).sum(1)              # above the minimum
     curve_o, curve_s = np.percentile(flows, np.linspace(0, 100, 100), axis=1).T
     return {
@@ -61,10 +59,10 @@ def series_scores(obs, sim):
     nse = np.array([scores["nse"] for scores in sites])
     clipped = np.sort(nse.clip(-1, 1))                      # NaN last
     tenth = max(round(np.isfinite(nse).sum() / 10), 1)
-    result = {"clipped": np.nanmean(clipped), "worst tenth": np.nanmean(clipped[:tenth])}
-    for name in ("nse", "kge", "corr", "rmse", "ubrmse", "fhv"):
-        result[name] = np.nanmedian([scores[name] for scores in sites])
-    return result | {"below 0": (nse < 0).sum() / max(np.isfinite(nse).sum(), 1)}
+    medians = {name: np.nanmedian([scores[name] for scores in sites])
+               for name in ("nse", "kge", "corr", "rmse", "ubrmse", "fhv")}
+    return {"clipped": np.nanmean(clipped), "worst tenth": np.nanmean(clipped[:tenth]), **medians,
+            "below 0": (nse < 0).sum() / max(np.isfinite(nse).sum(), 1)}
 
 
 def load_runs(folder):

@@ -49,7 +49,8 @@ class Predictor(nn.Module):
             self.expand = nn.Linear(d, width) if d != width else nn.Identity()
         if self.inputs:
             channels = sum(len(settings[name + "_names"]) for name in self.inputs)
-            self.conv = nn.Conv1d(channels * len(self.inputs), width, 3, padding=1)
+            # of three days side by side; x 2 if both are read: flags beside them
+            self.conv = nn.Linear(3 * channels * len(self.inputs), width)
             self.mix = nn.Linear(width, width)
         self.dropout, self.output = Dropout(settings["dropout"]), nn.Linear(width, 1)
         self.lstm = nn.LSTM(width, width)
@@ -76,11 +77,8 @@ class Predictor(nn.Module):
         if "static" in self.inputs:
             static = static.expand(len(r), -1, -1)                              # (L, B, S)
             r = torch.cat([fill_and_flag(r), fill_and_flag(static)], -1)        # (L, B, 2 C + 2 S)
-        # mix(conv(r)): both are linear, and one product is several times faster on a CPU
-        weight = torch.einsum("oi,ick->okc", self.mix.weight, self.conv.weight).flatten(1)
         r = nn.functional.pad(r.nan_to_num(), (0, 0, 0, 0, 1, 1))               # (L+2, B, channels)
-        r = torch.cat([r[:-2], r[1:-1], r[2:]], -1)                             # (L, B, 3 channels)
-        return nn.functional.linear(r, weight, self.mix(self.conv.bias))
+        return self.mix(self.conv(torch.cat([r[:-2], r[1:-1], r[2:]], -1)))
 
     def head(self, x):
         """(L, B, width) -> (L, B)."""
@@ -121,6 +119,7 @@ class Samples:
         s = model.settings
         self.device = next(model.parameters()).device
         self.length, self.warmup = s["length"], s["warmup"]     # of the window, of it not scored
+        # windows overlap by the warm-up; the last one ends with the days
         starts = np.arange(max(days.start - self.warmup, 0), max(days.stop - self.warmup, 1),
                            self.length - self.warmup)
         starts = np.unique(np.minimum(starts, max(days.stop - self.length, 0)))
@@ -146,8 +145,7 @@ class Samples:
         return torch.from_numpy(store)
 
     def batches(self, size):
-        n = len(self.site)
-        return np.array_split(np.arange(n), n // size + 1) if n else []
+        return [slice(i, i + size) for i in range(0, len(self.site), size)]
 
     def encode(self, i):
         """E of the windows i, days and site: (B, L+1, 2 D); None if the model takes none."""
@@ -168,14 +166,14 @@ class Samples:
 
     @torch.no_grad()
     def predict(self):
-        """(chosen, days) in the target's unit; of windows that overlap, the warmer one counts."""
+        """(chosen, days) in the target's unit; of windows that overlap, the earlier one counts."""
         s = self.model.eval().settings
         result = np.full((len(self.sites.ids), len(self.sites.dates)), np.nan, np.float32)  # (N, T)
         for i in self.batches(128):
             outputs = self.outputs(i).cpu().numpy() * s["spread"] + s["centre"]
             for site, start, y in zip(self.site[i], self.start[i], outputs):
                 days = result[site, start:start + self.length]                  # a view
-                np.copyto(days, y, where=np.isnan(days))            # the earlier window is warmer
+                np.copyto(days, y, where=np.isnan(days))            # the earlier window stays
         return self.model.inverse(result, self.sites)[self.chosen, self.days]
 
 
@@ -222,15 +220,15 @@ def periods(o, sites):
     train, test = f"{first}/{split - 1}", f"{split}/{last}"
     if o.holdout == "none":
         train = test = f"{first}/{last}"
-    periods = o.train_period or train, o.test_period or test
-    return [day_slice(period, sites.dates) for period in periods]
+    asked = o.train_period or train, o.test_period or test
+    return [day_slice(period, sites.dates) for period in asked]
 
 
 def day_slice(period, dates):
     """FROM/TO -> the slice of these dates; ValueError if it is not within them."""
     days = [data.DAYS.get(text) for text in period.split("/")]
     data.check(len(days) == 2 and None not in days and dates[0] <= days[0] < days[1] <= dates[-1],
-               f"period {period}: expected two days of {dates[0]} to {dates[-1]}, as FROM/TO")
+               f"period {period}: expected FROM/TO, days within {dates[0]}/{dates[-1]}")
     return slice(*np.searchsorted(dates, [days[0], days[1] + 1]))
 
 
@@ -247,8 +245,8 @@ def load_encoder(o, sites, test, fold):
         print(f"{path}: stopped at step {saved['step']} of {saved['options']['steps']}")
     own = {*sites.dynamic_names, *sites.static_names}
     known = {*encoder.config.dynamic_names, *encoder.config.static_names}
-    data.tell(f"{path}: variables known to it or to the sites alone", sorted(own ^ known))
-    data.tell(f"{path}: trained to tell, at validation sites too", sorted({o.target} & known))
+    data.tell(f"{path}: variables that only it, or only the sites have", sorted(own ^ known))
+    data.tell(f"{path}: was trained to reconstruct the target itself", sorted({o.target} & known))
     file = sha256(Path(path).read_bytes()).hexdigest()
     return encoder, saved | {"overlap": overlap, "file": file}
 
@@ -266,7 +264,7 @@ def run(o, variant, sites, fold, seed, setting):
         length = encoder.config.max_days
         pretraining = repr([identity(saved["options"]), saved["step"], saved["digest"]])
         name += "@" + sha256(pretraining.encode()).hexdigest()[:4]
-    data.check(length > o.warmup, f"windows of {length} days, --warmup {o.warmup} of them")
+    data.check(length > o.warmup, f"--warmup {o.warmup}: fewer than the {length} of a window")
     path = Path(o.out, "runs", f"{setting}, {name}, fold {fold}, seed {seed}.npz")
     about = json.dumps(dict(setting=setting, model=name, variant=variant, fold=fold, seed=seed,
                             target=o.target, data=sites.digest, options=identity(vars(o)),
@@ -286,6 +284,7 @@ def run(o, variant, sites, fold, seed, setting):
     pretrained = encoder if embedding in ("frozen", "tuned") else None
     model = VARIANTS[variant].network(settings, pretrained).to(o.device)
     learned = model.transform(sites.target, sites)                              # (N, T)
+    # these two reach the model as well: it holds the same dict
     settings["centre"] = float(np.nanmean(learned[training, train_days]))
     settings["spread"] = float(np.nanstd(learned[training, train_days]))
     best = fit(model, o, Samples(model, sites, training, train_days),
@@ -305,24 +304,26 @@ def run(o, variant, sites, fold, seed, setting):
 
 def identity(options):
     """Those of the options that tell one run, or one checkpoint, from another."""
-    elsewhere = "model", "fold", "seeds", "out", "device", "checkpoint", "allow_overlap", "resume"
+    elsewhere = "model fold seeds out device threads checkpoint allow_overlap resume".split()
     return {name: value for name, value in options.items() if name not in elsewhere}
 
 
 def fit(model, o, samples, validation, learned, seed):
     """Train on samples; keep the weights with the best clipped NSE at those of validation.
     learned: the transformed target, (N, T). The score is looked at ten times, and returned."""
-    s, best, kept, rng = model.settings, np.nan, None, np.random.default_rng(seed)
+    s, best, rng = model.settings, np.nan, np.random.default_rng(seed)
     truth = torch.from_numpy((learned - s["centre"]) / s["spread"]).float()     # (N, T)
-    weight = torch.ones(len(truth), 1)                      # errors count as in the NSE
-    deviation = np.nanstd(learned[samples.chosen, samples.days], 1, keepdims=True) / s["spread"]
-    weight[samples.chosen] = torch.from_numpy(1 / (deviation + 0.1) ** 2).float()
+    # errors count as in the NSE: by the deviation of the site
+    deviation = np.ma.masked_invalid(truth[:, samples.days]).std(1, keepdims=True)
+    weight = torch.from_numpy((deviation + 0.1).filled(np.nan)) ** -2           # (N, 1)
+    # windows are drawn that have something to score
+    seen = [~truth[i, start:start + samples.length][samples.warmup:].isnan().all()
+            for i, start in zip(samples.site, samples.start)]
     # what is frozen has no gradient, and AdamW leaves it as it is
     optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=1e-2)
-    obs = validation.sites.target[validation.chosen, validation.days]
     for step in range(o.steps):
         model.train()
-        i = rng.choice(len(samples.site), o.batch_size)
+        i = rng.choice(np.flatnonzero(seen), o.batch_size)
         site, day = samples.site[i], samples.start[i][:, None] + np.arange(samples.length)
         y = truth[site[:, None], day].to(samples.device)                        # (B, L)
         y[:, :samples.warmup] = np.nan                      # not scored
@@ -330,8 +331,9 @@ def fit(model, o, samples, validation, learned, seed):
         loss = (error * weight[site].to(samples.device))[~y.isnan()].mean()
         descend(optimizer, loss, o.lr * learning_rate(step / o.steps), clip=1.0)
         if (step + 1) % max(o.steps // 10, 1) == 0:         # early stopping on validation sites
+            obs = validation.sites.target[validation.chosen, validation.days]
             value = series_scores(obs, validation.predict())["clipped"]
-            if kept is None or np.isnan(best) or value > best:
+            if np.isnan(best) or value > best:
                 best, kept = value, {k: x.clone() for k, x in model.state_dict().items()}
     model.load_state_dict(kept)
     return best
@@ -355,14 +357,14 @@ def main(argv=None, models="resconn,lstm", description=__doc__):
     add("--dropout", type=float, default=0.2, help="before the LSTM and before the output")
     add("--warmup", type=positive, default=120, help="first days of a window that are not scored")
     o, defaults = parser.parse_args(argv), vars(parser.parse_args([]))
-    for variant in o.model.split(","):
-        data.check(variant in VARIANTS, f"--model {variant}: expected some of {[*VARIANTS]}")
+    models = o.model.split(",")
+    data.check({*models} <= {*VARIANTS}, f"--model {o.model}: expected some of {[*VARIANTS]}")
     if o.quick:
         o.steps, o.batch_size = min(o.steps, 10), 8
+    torch.set_num_threads(o.threads)
     sites = data.load(o.data, o.target, Path(o.out, "cache"), o.quick)
     setting = name_setting(o, defaults, sites)
-    seeds = range(o.seed, o.seed + o.seeds)
-    for variant, seed, fold in product(o.model.split(","), seeds, tested_folds(o)):
+    for variant, seed, fold in product(models, range(o.seed, o.seed + o.seeds), tested_folds(o)):
         run(o, variant, sites, fold, seed, setting)
 
 
@@ -370,7 +372,7 @@ def tested_folds(o):
     """The numbers in --fold, all or some joined by commas; with hold-out none 0, and no site."""
     known = [*map(str, range(o.folds))]
     asked = known if o.fold == "all" else o.fold.split(",")
-    data.check({*asked} <= {*known}, f"--fold {o.fold}: expected all, or of {', '.join(known)}")
+    data.check({*asked} <= {*known}, f"--fold {o.fold}: expected all, or some of {known}")
     return [int(fold) for fold in asked] if o.holdout != "none" else [0]
 
 

@@ -9,7 +9,6 @@ Writes out/pretrained.pt and prints how well hidden variables are reconstructed 
 """
 
 import ctypes
-import io
 import json
 import math
 import os
@@ -26,13 +25,13 @@ import torch.distributed as dist
 import data
 from model import PRESETS, Config, Masks, StefaLand, masked_loss
 
-TRAINING = {"small": dict(steps=1200, batch_size=32, lr=2e-3),
-            "paper": dict(steps=33000, batch_size=256, lr=1e-4),    # 25 x 8,634 sites x 39 years
-            "quick": dict(steps=20, batch_size=8, lr=2e-3)}
+TRAINING = {"small": dict(steps=1200, batch_size=32, lr=2e-3, short=0.8),
+            "paper": dict(steps=33000, batch_size=256, lr=1e-4, short=0.0)}  # 25 x 8,634 x 39 years
 VERSION = 5                                                 # of the files' format
 STOPS = signal.SIGINT, signal.SIGTERM                       # they end training after a step
 if os.name == "posix" and hasattr(ctypes.CDLL(None), "mallopt"):    # of glibc
-    ctypes.CDLL(None).mallopt(-4, 0)            # keep freed blocks: faults are a tenth of a step
+    # M_MMAP_MAX and M_TRIM_THRESHOLD: memory that is kept is not zeroed anew, a tenth of a step
+    ctypes.CDLL(None).mallopt(-4, 0)
     ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)
 
 
@@ -47,30 +46,32 @@ def shared_options(description, **defaults):
     add("--folds", type=positive, default=5, help="number of folds [%(default)s]")
     add("--steps", type=positive, help="optimiser steps [%(default)s]")
     add("--batch-size", type=positive, help="windows a step, over all processes [%(default)s]")
-    add("--lr", type=positive, help="peak learning rate [%(default)s]")
+    add("--lr", type=float, help="peak learning rate [%(default)s]")
     add("--seed", type=int, default=0, help="of weights, windows, masks; folds have their own")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--device", default=devices[0], choices=devices, help="[%(default)s]")
     add("--dtype", default=fastest_dtype(devices[0]), choices=("bfloat16", "float32"))
+    add("--threads", type=positive, default=free_cores(), help="of the CPU [now free: %(default)s]")
     add("--quick", action="store_true", help="the same path in under a minute, nothing learned")
     parser.set_defaults(**defaults)
     return parser
 
 
 def positive(text):
-    """An option's number, which has to be above 0."""
-    if float(text) <= 0:
+    """An option's whole number above 0; 1e3 is one, too."""
+    if float(text) < 1 or float(text) % 1:
         raise ValueError
-    return int(text) if text.isdigit() else float(text)
+    return int(float(text))
 
 
 def train(o, sites):
     """All of pretraining, on every process; the first one prints and writes the checkpoint."""
+    torch.set_num_threads(o.threads)
     rank, world, device = setup(o.device)
     checkpoint, first = Path(o.out, "pretrained.pt"), 0
     training, validation = split(o, sites)
     names = sites.dynamic_names, sites.static_names
-    data.check(o.config.keys() <= vars(Config()).keys(), f"--config takes {[*vars(Config())]}")
+    data.check({*o.config} <= {*vars(Config())}, f"--config takes {[*vars(Config())]}")
     config = Config(*names, *map(data.groups, names), **PRESETS[o.preset] | o.config)
     torch.manual_seed(o.seed)
     model = StefaLand(config).to(device)
@@ -95,7 +96,6 @@ def train(o, sites):
     interrupted = torch.zeros(1, device=device)             # Ctrl-C ends the loop after a step
     for number in STOPS:
         signal.signal(number, lambda *_: interrupted.fill_(1))
-    model.train()
     step, began, shown, stop = first, time.time(), 0.0, False
     while True:
         done = stop or step >= o.steps
@@ -111,14 +111,16 @@ def train(o, sites):
         generator = torch.Generator(device).manual_seed(seed)
         torch.manual_seed(seed * 1009 + rank)               # dropout
         rng = np.random.default_rng(seed)
+        # a window of a third of the days costs less than a third, and teaches nearly as much
+        windows.days = config.max_days // 3 + 1 if step < o.short * o.steps else config.max_days
         site = rng.choice(training, o.batch_size)
         start = windows.starts(site, rng)
-        hidden = model.draw_masks(o.batch_size, config.max_days, generator)
+        hidden = model.draw_masks(o.batch_size, windows.days, generator)
         share = slice(rank * o.batch_size // world, (rank + 1) * o.batch_size // world)
         batch = windows.get(site[share], start[share], device)
         with autocast(device, o.dtype):
             errors, counts = wrapped(*batch, hidden=Masks(*[part[share] for part in hidden]))
-        interrupts = interrupted.clone()                    # a signal may arrive after the sum
+        interrupts = interrupted.clone()                    # a signal may come between its two uses
         if world > 1:
             dist.all_reduce(counts)                         # the mean is over the whole batch
             dist.all_reduce(interrupts)                     # all processes end with the same step
@@ -172,6 +174,13 @@ def fastest_dtype(device):
     return "bfloat16" if device.startswith("cuda") or has_bf16() else "float32"
 
 
+def free_cores():
+    """Threads that run at once now: one that shares its core would hold up all others."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    torch.linalg.matrix_power(torch.eye(1000), 2 ** 20)     # twenty products
+    return max(int((time.process_time() - cpu) / (time.perf_counter() - wall) + 0.25), 1)
+
+
 def autocast(device, dtype):
     """The context in which products are taken in bfloat16, if that is the dtype."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -196,15 +205,15 @@ def learning_rate(progress):
 
 def save(path, **values):
     """A file of these plain values and tensors, to be read by load_file."""
-    torch.save(values | {"version": VERSION}, buffer := io.BytesIO())
-    data.write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+    values["version"] = VERSION
+    data.write_atomically(path, lambda file: torch.save(values, file))
 
 
 def load_file(path, needs):
     """What save() wrote, with this key; ValueError says why not, and no code of it runs."""
     data.check(Path(path).is_file(), f"no file {path}: run train.py first", FileNotFoundError)
     try:
-        data.check(zipfile.ZipFile(path).testzip() is None, "it is damaged")    # torch ignores sums
+        data.check(zipfile.ZipFile(path).testzip() is None, "it is damaged")    # torch ignores that
         saved = torch.load(path, map_location="cpu", weights_only=True)
         data.check(needs in saved, f"it has no {needs}: train.py and finetune.py write other files")
         data.check(saved["version"] == VERSION, f"version {saved['version']}, not {VERSION}")
@@ -228,11 +237,13 @@ class Windows:
     A variable that the sites do not have is missing (NaN). Daily data may stay on disk (memmap)."""
 
     def __init__(self, sites, scaling, days, dynamic_names, static_names):
-        data.check(len(sites.dates) >= days, f"{len(sites.dates)} days of data, but windows of "
-                   f"{days}: pretrain with --config '{{\"max_days\": {len(sites.dates)}}}'")
+        n = len(sites.dates)
+        data.check(n >= days, f"{n} days of data, but windows of {days}: pretrain with --config "
+                   f"'{{\"max_days\": {n}}}'")
         self.sites, self.days, self.dynamic_names = sites, days, dynamic_names
         self.scaling = scaling["forcing"]
         seen = np.stack([~np.isnan(series).all(-1) for series in sites.forcing])    # (N, T)
+        # records: days [first, last)
         self.first, self.last = seen.argmax(1), seen.shape[1] - seen[:, ::-1].argmax(1)
         self.last[~seen.any(1)] = 0                         # no record: windows start at day 0
         static = arrange(sites.static, sites.static_names, static_names)
@@ -244,7 +255,7 @@ class Windows:
         """Random first days of windows within the records of the sites: (B,) -> (B,)."""
         room = np.maximum(self.last[site] - self.days - self.first[site], 0)
         start = self.first[site] + rng.integers(0, room + 1)
-        return np.minimum(start, len(self.day_of_year) - self.days)     # of short records, too
+        return np.minimum(start, len(self.day_of_year) - self.days)     # short records, too
 
     def get(self, site, start, device="cpu"):
         """forcing (B, L, C), static (B, S), latlon (B, 2), day_of_year (B, L)."""
@@ -283,29 +294,34 @@ def apply_standardisation(values, scaling):
 
 
 def options(argv=None):
-    """The command line of this script; with --resume, what it leaves out is the checkpoint's."""
-    parser = shared_options(__doc__)
+    """The command line, read twice: --quick, --preset, --resume decide what it leaves out."""
+    parser = shared_options(__doc__, **TRAINING["small"])
     add = parser.add_argument
     add("--fold", type=int, default=0, help="the fold left out of training")
     add("--preset", default="small", choices=PRESETS, help="size of network and training")
+    add("--short", type=float, help="share of the steps on windows of a third [%(default)s]")
     add("--config", default={}, type=json.loads, help='of model.Config, as {"dropout": 0}')
     add("--resume", action="store_true", help="continue the checkpoint in --out, with its options")
     o = parser.parse_args(argv)
-    defaults = TRAINING["quick" if o.quick else o.preset]
+    defaults = dict(steps=20, batch_size=8) if o.quick else TRAINING[o.preset]
     if o.resume:
         defaults = load_checkpoint(Path(o.out, "pretrained.pt"))[1]["options"] | {"out": o.out}
     parser.set_defaults(**defaults)
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def load_sites(o):
+    return data.load(o.data, cache=Path(o.out, "cache"), quick=o.quick)
+
+
+def main(argv=None, load=load_sites):
+    """The command line. An application gives its own sites."""
     o = options(argv)
-    before = {number: signal.getsignal(number) for number in STOPS}
+    before = [*map(signal.getsignal, STOPS)]
     try:
-        train(o, data.load(o.data, cache=Path(o.out, "cache"), quick=o.quick))
-    finally:                                                # to the caller, as a notebook
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        train(o, load(o))
+    finally:
+        [*map(signal.signal, STOPS, before)]                # to the caller, as a notebook
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@
     python -m applications.adapters --data caravan:DIR --model resconn,resconn-gated --fold all
 
 Most add a small network of x to x: x + adapter(x). resconn-all has none, but its residual path
-reads the attributes beside the weather; so does resconn-tenth, in which E begins at a tenth.
-resconn-narrow lets eight numbers of the site through. resconn-authors is the adapter of the
-authors' code.
+reads the attributes beside the weather. resconn-narrow lets eight numbers of the site through.
+resconn-authors is the adapter of the authors' code.
 """
 
 from functools import partial
@@ -54,14 +53,6 @@ class Experts(nn.Module):
         return (answers * weight[..., None]).sum(-2)                            # (L, B, d)
 
 
-class Tenth(Predictor):
-    """At first nearly the LSTM on weather and attributes: E begins at a tenth of its size."""
-
-    def __init__(self, settings, encoder=None):
-        super().__init__(settings, encoder)
-        nn.init.constant_(self.gain, 0.1)
-
-
 class Narrow(Predictor):
     """The token of the site, before the layers and after, has to pass through eight numbers."""
 
@@ -107,7 +98,6 @@ ADAPTERS = {"resconn-feedforward": feedforward, "resconn-bottleneck": bottleneck
             "resconn-gated": gated, "resconn-experts": Experts}
 VARIANTS |= {name: Variant(Adapted) for name in ADAPTERS}
 VARIANTS |= {"resconn-all": Variant(inputs=("forcing", "static")),
-             "resconn-tenth": Variant(Tenth, inputs=("forcing", "static")),
              "resconn-narrow": Variant(Narrow), "resconn-authors": Variant(Authors, inputs=())}
 MODELS = ",".join(name for name in VARIANTS if name.startswith("resconn"))
 

@@ -39,7 +39,7 @@ def read(folder):
     flows = {path.name[:8]: path for path in folder.glob("usgs_streamflow/**/*_streamflow_qc.txt")}
     for path in paths:
         dates, series = read_weather(path)
-        basin, head = path.name[:8], path.read_text().split(maxsplit=3)[:3]
+        basin, head = path.name[:8], path.read_text("utf-8-sig", "replace").split(maxsplit=3)[:3]
         lat, elevation, area = [data.number(text) for text in head]
         data.check(None not in (lat, elevation, area) and 0 < area < 1e13, f"{path}, lines 1 to 3: "
                    f"expected latitude, elevation in m, area in m2, found {', '.join(head)}")
@@ -66,7 +66,7 @@ def read_weather(path):
 def read_flow(path, factor):
     """{date: discharge times the factor}; -999 is missing."""
     flow = {}
-    for line, text in enumerate(path.read_text().splitlines(), 1):
+    for line, text in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), 1):
         try:
             _, year, month, day, value, _ = text.split()
             if float(value) > -998:

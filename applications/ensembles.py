@@ -18,7 +18,8 @@ from itertools import combinations
 import numpy as np
 
 import data
-from eval import load_runs, series_scores, site_metrics, table
+from applications.figures import by_site
+from eval import load_runs, series_scores, table
 
 SHARES = np.arange(0.05, 1, 0.1)        # the quantiles that stand for the distribution: 5 to 95 %
 
@@ -69,22 +70,14 @@ def best_mixture(runs):
 
 def tell_gains(rows, baseline):
     """Print each row's gain in NSE over the row of the baseline, site by site."""
-    base = nse_by_site(rows.get(baseline, []))
+    base = by_site(rows.get(baseline, []))
     for name, runs in rows.items():
         if base and name != baseline:
-            mine = nse_by_site(runs)
-            gain = np.array([mine[site] - base[site] for site in mine if site in base])
+            mine = by_site(runs)
+            both = [site for site in mine if site in base]
+            gain = np.array([mine[site]["nse"] - base[site]["nse"] for site in both])
             print(f"gain of {name} over {baseline}: median {np.nanmedian(gain):+.3f}, better at "
                   f"{(gain > 0).sum()} of {len(gain)} sites, p {sign_test(gain):.1e}")
-
-
-def nse_by_site(runs):
-    """{site: NSE} of one model's runs, mean over seeds."""
-    scores = {}
-    for run in runs:
-        for site, obs, sim in zip(run["ids"], run["obs"], run["sim"]):
-            scores.setdefault(site, []).append(site_metrics(obs, sim)["nse"])
-    return {site: np.mean(of_seeds) for site, of_seeds in scores.items()}
 
 
 def sign_test(difference):

@@ -4,6 +4,7 @@
 
 SETTING.png         of each setting of out/runs: NSE of all models at the test sites, a map of the
                     method's, hydrographs of its median and its worst site
+SETTING.csv         the metrics of each site
 labels of DATA.png  median NSE against the number of training sites with observations, if there are
                     runs with several
 reconstruction.png  a year of weather at a site that out/pretrained.pt was not trained on: each
@@ -38,9 +39,17 @@ def by_site(runs):
             scores[site].append(site_metrics(run["obs"][k], run["sim"][k])["nse"])
             row = {name: run[name][k] for name in ("latlon", "obs", "sim")}
             result.setdefault(site, row | {"run": run})["nse"] = np.mean(scores[site])
-    result = {site: row for site, row in result.items() if math.isfinite(row["nse"])}
-    data.check(result, f"{runs[0]['path']}: no test site has an NSE")
-    return result
+    return {site: row for site, row in result.items() if math.isfinite(row["nse"])}
+
+
+def write_metrics(path, models):
+    """A csv: every metric of each site, by each model; of several seeds the first."""
+    header, rows = ",".join(["model,id,lat,lon", *site_metrics([], [])]), []
+    for name, sites in models.items():
+        rows += [(name, site, *row["latlon"], *site_metrics(row["obs"], row["sim"]).values())
+                 for site, row in sites.items()]
+    data.write_atomically(path, lambda file: np.savetxt(
+        file, np.array(rows, object), "%s", ",", header=header, comments=""))
 
 
 def draw_setting(path, setting, models, colours):
@@ -232,6 +241,8 @@ def main(argv=None):
         labelled = next(iter(models.values()))[0]["options"]["labelled"]
         data_set = setting.replace(f", labelled {labelled}", "")
         sites = {name: by_site(models[name]) for name in names if name in models}
+        data.check(all(sites.values()), f"{setting}: no test site has an NSE")
+        write_metrics(o.out / f"{setting}.csv", sites)
         draw_setting(o.out / f"{setting}.png", setting, sites, colours)
         for name, rows in sites.items():
             median = np.median([row["nse"] for row in rows.values()])

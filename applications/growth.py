@@ -44,7 +44,7 @@ RANGES = {name: [Setting()._replace(**{name: value}) for value in VALUES[name]] 
 def measure(s, steps):
     """Pretrain for some steps: seconds to the first, seconds of a step."""
     o, after_steps = train.options(["--holdout", "none", "--device", "cpu"]), []
-    o.steps, o.batch_size = steps, s.batch
+    o.steps, o.batch_size, o.short = steps, s.batch, 0
     o.config = {"max_days": s.days, "d_model": s.width, "d_ff": 2 * s.width,
                 "n_layers": s.layers, "n_heads": s.width // 32}
     sites, row = data.synthetic_world(n_sites=500, years=s.days // 365 + 1), np.arange(s.sites)

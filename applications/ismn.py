@@ -50,12 +50,12 @@ def read_station(name, paths, tables):
         print(f"{name}: its uppermost sensor is {numbers[3]} m deep, not the surface")
     weather = [file for file in tables if file.stem in (fields[2], name.parent.name)]
     data.check(weather, f"no weather, {fields[2]}.csv")
-    beside = [file for file in weather if file.parent == name.parent]
-    series = data.read_table((beside or weather)[0], "date")
+    table = min(weather, key=lambda file: file.parent != name.parent)       # one beside, if any
+    series = data.read_table(table, "date")
     dates = series.pop("date")
     series["soil_moisture"] = np.array([moisture.get(day, np.nan) for day in dates.tolist()])
     static = {"elevation": numbers[2]} | read_static(name)
-    return data.Record("_".join(fields[1:3]), top[0], tuple(numbers[:2]), static, dates, series)
+    return data.Record("_".join(fields[1:3]), table, tuple(numbers[:2]), static, dates, series)
 
 
 def read_values(path):
@@ -80,7 +80,7 @@ def read_static(name):
     static, cover = {}, ""
     path = name.with_name(f"{name.name}_static_variables.csv")
     lines = path.read_text("utf-8-sig", "replace").splitlines() if path.is_file() else []
-    for quantity, _, depth, _, value in [line.split(";")[:5] for line in lines if line]:
+    for quantity, _, depth, _, value in [x.split(";")[:5] for x in lines if x.count(";") > 3]:
         if quantity == "land cover classification":         # of several years the last one
             cover = value
         elif quantity in STATIC and data.number(depth) == 0:

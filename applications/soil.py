@@ -6,14 +6,13 @@
 
 wosis:DIR, gauges:DIR: profiles, and Caravan's attribute tables (wosis.py, gauges.py). csv:DIR may
 be nothing but a sites.csv. The third command pretrains on attributes alone; an encoder of single
-days suits sites without weather. All of the soil is hidden from the models, and an encoder
-pretrained by `train` here, with the options of train.py, does not know of it either. The target
-may be any other attribute; its group is then hidden. Models and runs: values.py.
+days suits sites without weather. All of the target's group is hidden from the models. `train` here,
+with the options of train.py, hides the soil, whatever the target is later: it may be any other
+attribute, of whose group an encoder should not know either. Models and runs: values.py.
 """
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import data
 import train
@@ -32,16 +31,13 @@ def attribute_as_target(sites, name):
 
 def load_sites(o):
     """The sites of --data for --target."""
-    sites = data.load(o.data, cache=Path(o.out, "cache"), quick=o.quick)
-    return attribute_as_target(sites, o.target)
+    return attribute_as_target(train.load_sites(o), o.target)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:
-        o = train.options(argv[1:])
-        o.target = "clay"
-        train.train(o, load_sites(o))
+        train.main(argv[1:], lambda o: attribute_as_target(train.load_sites(o), "clay"))
     else:
         values.main(__doc__, load_sites, argv, target="clay")
 

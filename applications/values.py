@@ -186,20 +186,22 @@ def run(o, variant, inputs, sites, fold, seed, setting):
     return arrays
 
 
-def main(description, load_sites, argv=None, variants=VARIANTS, classes=False, **more):
+def main(description, load_sites, argv=None, variants=VARIANTS, classes=False, *, target, **more):
     """The command line: trains each model on each fold and prints a table.
 
-    load_sites(o) -> Sites whose target is (N, 1), NaN = unknown. more: target, and the defaults of
-    an application's own options, which are texts.
+    load_sites(o) -> Sites whose target is (N, 1), NaN = unknown. more: the defaults of an
+    application's own options, which are texts.
     """
     parser = train.shared_options(description, steps=600, batch_size=32, lr=2e-3, basins="",
                                   labelled=0, classes=classes)
-    for name, default in dict(model=",".join(variants), checkpoint="", fold="0", **more).items():
+    for name, default in dict(
+            target=target, model=",".join(variants), checkpoint="", fold="0", **more).items():
         parser.add_argument(f"--{name}", default=default, help="see finetune.py [%(default)s]")
     parser.add_argument("--allow-overlap", action="store_true", help="as in finetune.py")
     parser.add_argument("--seeds", type=train.positive, default=1, help="repetitions")
     o, defaults = parser.parse_args(argv), vars(parser.parse_args([]))
     o.steps = min(o.steps, 10) if o.quick else o.steps
+    torch.set_num_threads(o.threads)
     sites, score = load_sites(o), class_metrics if classes else value_scores
     setting, seeds = finetune.name_setting(o, defaults, sites), range(o.seed, o.seed + o.seeds)
     for variant in o.model.split(","):
