@@ -406,7 +406,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason():
             (whole[:len(whole) // 2], "not a zip"), (b"text", "not a zip"), (b"", "not a zip"),
             (whole[:at] + b"1234" + whole[at + 4:], "damaged"),                 # one weight changed
             ({"a": 1}, "it has no optimizer: train.py"), (saved | {"x": os.system}, "code"),
-            (saved | {"version": train.VERSION + 1}, "version 6, not 5")):
+            (saved | {"version": train.VERSION + 1}, "version 7, not 6")):
         other.write_bytes(content) if isinstance(content, bytes) else torch.save(content, other)
         raises(ValueError, "other.pt cannot be read: .*" + reason, train.load_checkpoint, other)
     raises(FileNotFoundError, "run train.py first", train.load_checkpoint, "nowhere.pt")
