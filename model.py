@@ -82,9 +82,8 @@ class StefaLand(nn.Module):
         site = self.static_embedding(static, hidden.static)                     # (B, D)
         site = site + self.location(latlon, hidden.location)
         tokens = torch.cat([days, site[:, None].to(days.dtype)], 1)             # (B, T+1, D)
-        position = torch.cat([self.position[:days.shape[1]], self.position[-1:]])   # last: the site
         # under autocast all stays in bfloat16, residual path and norms too: half the memory traffic
-        return self.dropout(tokens + position.to(days.dtype))
+        return self.dropout(tokens + self.position[:tokens.shape[1]].to(days.dtype))
 
     def encode(self, forcing, static, latlon=None, day_of_year=None, hidden=Masks()):
         """Embedding of each day and, last, of the site: (B, T, C), (B, S) -> (B, T+1, D) (A.4).
