@@ -346,7 +346,8 @@ def read_attributes(tables, **layout):
         site, count = Counter(ids).most_common(1)[0]
         check(count == 1, f"{path}: site {site} twice")
         for site, *values in zip(ids, *table.values()):
-            sites[site] |= dict(zip(table, values))
+            # an empty field takes nothing away
+            sites[site] |= {k: x for k, x in zip(table, values) if x == x or k not in sites[site]}
     return sites
 
 

@@ -150,7 +150,7 @@ FILES = {  # of a small archive of each kind, with | between the lines
     "attributes/us/attributes_other_us.csv": "gauge_id,name,gauge_lat,gauge_lon,area,p_mean|"
         'us_1,"A, at B",40.5,-75,100,3.5|us_2,C,41,285.5,200,|us_9,no series,42,-74,1,2',
     "attributes/us/attributes_hydroatlas_us.csv": "gauge_id,slp_dg_sav,cly_pc_sav|us_1,55,20",
-    "attributes/us/attributes_mine_us.csv": "gauge_id,Fens,rock,run_mm_syr|us_1,7,marl,400",
+    "attributes/us/attributes_mine_us.csv": "gauge_id,Fens,rock,run_mm_syr,clay|us_1,7,marl,400,",
     "timeseries/csv/us/us_1.csv": "date,streamflow,total_precipitation_sum,temperature_2m_mean,"
         "snow|2000-01-01,1.5,0,10,9|2000-01-03,,2,11,9|2000-01-04,0.5,4,,9",
     "timeseries/csv/us/us_2.csv": "date,temperature_2m_min,temperature_2m_max|2000-01-02,0,10",
