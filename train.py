@@ -176,6 +176,8 @@ def fastest_dtype(device):
 
 def free_cores():
     """Threads that run at once now: one that shares its core would hold up all others."""
+    if torch.get_num_threads() == 1:
+        return 1
     wall, cpu = time.perf_counter(), time.process_time()
     torch.linalg.matrix_power(torch.eye(1000), 2 ** 20)     # twenty products
     return max(int((time.process_time() - cpu) / (time.perf_counter() - wall) + 0.25), 1)
