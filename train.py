@@ -245,8 +245,7 @@ class Windows:
         self.sites, self.days, self.dynamic_names = sites, days, dynamic_names
         self.scaling = scaling["forcing"]
         seen = np.stack([~np.isnan(series).all(-1) for series in sites.forcing])    # (N, T)
-        # records: days [first, last)
-        self.first, self.last = seen.argmax(1), seen.shape[1] - seen[:, ::-1].argmax(1)
+        self.first, self.last = seen.argmax(1), seen.shape[1] - seen[:, ::-1].argmax(1)     # [ , )
         self.last[~seen.any(1)] = 0                         # no record: windows start at day 0
         static = arrange(sites.static, sites.static_names, static_names)
         self.static = torch.from_numpy(apply_standardisation(static, scaling["static"]))  # (N, S)
