@@ -58,6 +58,7 @@ def read_weather(path):
     months = 12 * (series.pop("year") - 1970) + series.pop("month") - 1
     days = months.astype("datetime64[M]").astype("datetime64[D]") + series.pop("day").astype(int)
     series["shortwave"] = series["shortwave"] * series.pop("daylight") / 86400
+    data.check((np.diff(days).astype(int) > 0).all(), f"{path}: its days are not in order")
     saturation = data.saturation_pressure((series["tmax"] + series["tmin"]) / 2)
     series["humidity"] = np.clip(100 * series.pop("vapour") / saturation, 0, 100)
     return days - 1, series

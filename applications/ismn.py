@@ -81,6 +81,8 @@ def read_static(name):
     path = name.with_name(f"{name.name}_static_variables.csv")
     lines = path.read_text("utf-8-sig", "replace").splitlines() if path.is_file() else []
     for quantity, _, depth, _, value in [x.split(";")[:5] for x in lines if x.count(";") > 3]:
+        if data.number(value) != data.number(value):        # NaN or -9999
+            continue
         if quantity == "land cover classification":         # of several years the last one
             cover = value
         elif quantity in STATIC and data.number(depth) == 0:

@@ -106,6 +106,7 @@ def test_damaged_camels_files_are_refused_with_file_and_line():
             ("100.00", "1OO", "flow", "qc.txt, line 1: expected"),
             ("1981 01 02 3", "1981 02 30 3", "flow", "qc.txt, line 3: expected"),
             ("86400000", "-9999", "cida", "lines 1 to 3: expected latitude"),
+            ("1980 12", "1981 12", "cida", "leap.txt: its days are not in order"),
             ("tmin(C)", "t", "cida", "line 4: expected year")):
         raises(complaint, read, source("camels", CAMELS, old, new, only))
 
@@ -117,6 +118,8 @@ def test_ismn_gives_daily_means_of_good_values_at_the_uppermost_sensor():
     assert s.static_names == ("elevation", "clay", "silt", "landcover_10", "landcover_130")
     np.testing.assert_equal(s.static, [[90, *[np.nan] * 4], [120, 23, np.nan, 0, 1],
                                        [np.nan, np.nan, 40, 1, 0]])
+    s, _ = read(source("ismn", ISMN, "130;", "-9999;", ""))
+    assert s.static_names[3:] == ("landcover_10", "landcover_120")              # a missing year
     for text in ("m_m_s1: its uppermost sensor is 0.5 m", "without static variables: 1 (m_s1)"):
         assert text in said.getvalue()
 
