@@ -65,13 +65,14 @@ def read_weather(path):
 
 
 def read_flow(path, factor):
-    """{date: discharge times the factor}; -999 is missing."""
+    """{date: discharge times the factor}, each once; -999 is missing."""
     flow = {}
     for line, text in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), 1):
         try:
             _, year, month, day, value, _ = text.split()
-            if float(value) > -998:
-                flow[date(int(year), int(month), int(day))] = float(value) * factor
+            when = date(int(year), int(month), int(day))
+            data.check(when not in flow, "a day twice")
+            flow[when] = float(value) * factor if float(value) > -998 else np.nan
         except ValueError:
             raise ValueError(f"{path}, line {line}: expected id, year, month, day, ft3/s and flag, "
                              f"found '{text}'") from None

@@ -106,6 +106,7 @@ def test_damaged_camels_files_are_refused_with_file_and_line():
             ("100.00", "1OO", "flow", "qc.txt, line 1: expected"),
             ("1981 01 02 3", "1981 02 30 3", "flow", "qc.txt, line 3: expected"),
             ("86400000", "-9999", "cida", "lines 1 to 3: expected latitude"),
+            ("1981 01 02 3", "1981 01 01 3", "flow", "qc.txt, line 3: expected"),
             ("1980 12", "1981 12", "cida", "leap.txt: its days are not in order"),
             ("tmin(C)", "t", "cida", "line 4: expected year")):
         raises(complaint, read, source("camels", CAMELS, old, new, only))
