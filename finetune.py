@@ -316,14 +316,14 @@ def fit(model, o, samples, validation, learned, seed):
     # errors count as in the NSE: by the deviation of the site
     deviation = np.ma.masked_invalid(truth[:, samples.days]).std(1, keepdims=True)
     weight = torch.from_numpy((deviation + 0.1).filled(np.nan)) ** -2           # (N, 1)
-    # windows are drawn that have something to score
-    seen = [~truth[i, start:start + samples.length][samples.warmup:].isnan().all()
-            for i, start in zip(samples.site, samples.start)]
+    day = samples.start[:, None] + np.arange(samples.warmup, samples.length)    # (n, scored)
+    drawn = np.flatnonzero(~truth[samples.site[:, None], day].isnan().all(1))   # have an error
+    data.check(len(drawn), f"nothing is observed after --warmup {o.warmup} of any window")
     # what is frozen has no gradient, and AdamW leaves it as it is
     optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=1e-2)
     for step in range(o.steps):
         model.train()
-        i = rng.choice(np.flatnonzero(seen), o.batch_size)
+        i = rng.choice(drawn, o.batch_size)
         site, day = samples.site[i], samples.start[i][:, None] + np.arange(samples.length)
         y = truth[site[:, None], day].to(samples.device)                        # (B, L)
         y[:, :samples.warmup] = np.nan                      # not scored

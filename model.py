@@ -226,8 +226,8 @@ def spherical_harmonics(latlon, degree):
     for m in range(degree + 1):
         below, legendre = 0, first                          # of degrees n - 1 and n
         for n in range(m, degree + 1):
-            basis[n * n + n - m] = math.sqrt(2) * legendre * (m * lon).sin()
-            basis[n * n + n + m] = math.sqrt(2 if m else 1) * legendre * (m * lon).cos()    # last
+            basis[n * n + n - m] = math.sqrt(2) * legendre * (m * lon).sin()    # unless m = 0
+            basis[n * n + n + m] = math.sqrt(2 if m else 1) * legendre * (m * lon).cos()
             a = math.sqrt((4 * (n + 1) ** 2 - 1) / ((n + 1) ** 2 - m * m))
             b = math.sqrt((n * n - m * m) / (4 * n * n - 1))
             below, legendre = legendre, a * (lat.sin() * legendre - b * below)

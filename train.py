@@ -215,7 +215,7 @@ def load_file(path, needs):
     """What save() wrote, with this key; ValueError says why not, and no code of it runs."""
     data.check(Path(path).is_file(), f"no file {path}: run train.py first", FileNotFoundError)
     try:
-        data.check(zipfile.ZipFile(path).testzip() is None, "it is damaged")    # torch ignores that
+        data.check(zipfile.ZipFile(path).testzip() is None, "it is damaged")    # torch ignores sums
         saved = torch.load(path, map_location="cpu", weights_only=True)
         data.check(needs in saved, f"it has no {needs}: train.py and finetune.py write other files")
         data.check(saved["version"] == VERSION, f"version {saved['version']}, not {VERSION}")
@@ -245,7 +245,7 @@ class Windows:
         self.sites, self.days, self.dynamic_names = sites, days, dynamic_names
         self.scaling = scaling["forcing"]
         seen = np.stack([~np.isnan(series).all(-1) for series in sites.forcing])    # (N, T)
-        self.first, self.last = seen.argmax(1), seen.shape[1] - seen[:, ::-1].argmax(1)     # [ , )
+        self.first, self.last = seen.argmax(1), seen.shape[1] - seen[:, ::-1].argmax(1)
         self.last[~seen.any(1)] = 0                         # no record: windows start at day 0
         static = arrange(sites.static, sites.static_names, static_names)
         self.static = torch.from_numpy(apply_standardisation(static, scaling["static"]))  # (N, S)
@@ -256,7 +256,7 @@ class Windows:
         """Random first days of windows within the records of the sites: (B,) -> (B,)."""
         room = np.maximum(self.last[site] - self.days - self.first[site], 0)
         start = self.first[site] + rng.integers(0, room + 1)
-        return np.minimum(start, len(self.day_of_year) - self.days)     # short records, too
+        return np.minimum(start, len(self.day_of_year) - self.days)     # of short records, too
 
     def get(self, site, start, device="cpu"):
         """forcing (B, L, C), static (B, S), latlon (B, 2), day_of_year (B, L)."""

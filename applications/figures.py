@@ -36,9 +36,10 @@ def by_site(runs):
     result, scores = {}, defaultdict(list)
     for run in runs:
         for k, site in enumerate(run["ids"]):
-            scores[site].append(site_metrics(run["obs"][k], run["sim"][k])["nse"])
-            row = {name: run[name][k] for name in ("latlon", "obs", "sim")}
-            result.setdefault(site, row | {"run": run})["nse"] = np.mean(scores[site])
+            metrics = site_metrics(run["obs"][k], run["sim"][k])
+            scores[site].append(metrics["nse"])
+            row = {name: run[name][k] for name in ("latlon", "obs", "sim")} | {"run": run}
+            result.setdefault(site, row | {"metrics": metrics})["nse"] = np.mean(scores[site])
     return {site: row for site, row in result.items() if math.isfinite(row["nse"])}
 
 
@@ -46,8 +47,7 @@ def write_metrics(path, models):
     """A csv: every metric of each site, by each model; of several seeds the first."""
     header, rows = ",".join(["model,id,lat,lon", *site_metrics([], [])]), []
     for name, sites in models.items():
-        rows += [(name, site, *row["latlon"], *site_metrics(row["obs"], row["sim"]).values())
-                 for site, row in sites.items()]
+        rows += [(name, x, *row["latlon"], *row["metrics"].values()) for x, row in sites.items()]
     data.write_atomically(path, lambda file: np.savetxt(
         file, np.array(rows, object), "%s", ",", header=header, comments=""))
 
