@@ -309,11 +309,10 @@ def assemble(records, target):
 
 
 def read_basins(folder):
-    """Basins in Caravan's layout (doi 10.1038/s41597-023-01975-w), or your own.
-    Your own: sites.csv: id, lat, lon (empty: unknown) and attributes, named as in TABLE or in your
-    own way. <id>.csv, for each site that has daily data: date, weather named as there, in its
-    units, and the target, such as streamflow in mm/d. Of Caravan the gauges that have a series; its
-    potential evaporation is several times too high and not read."""
+    """Basins in Caravan's layout (doi 10.1038/s41597-023-01975-w), or your own: sites.csv: id, lat,
+    lon (empty: unknown), attributes, named as in TABLE or in your own way; and <id>.csv, for sites
+    with daily data: date, weather named as there, in its units, the target, as streamflow in mm/d.
+    Of Caravan the gauges that have a series, without its potential evaporation, far too high."""
     own = (folder / "sites.csv").is_file()
     tables = [folder / "sites.csv"] if own else sorted(folder.glob("attributes/*/attributes_*.csv"))
     files = sorted(folder.glob("*.csv" if own else "timeseries/csv/*/*.csv"))

@@ -6,10 +6,10 @@
     python eval.py                                      the table over all runs
 
 r_t = linear(conv1d(weather_t)); h = LSTM(E_t + r_t); y_t = linear(h_t). E_t: what the pretrained
-network makes of day and site, before its layers and, at first at 0.3, after them. No test site is
-trained on, nor may the checkpoint have seen it. A run leaves predictions in out/runs/*.npz, its
-model beside them: load("….pt").predict(sites). An application subclasses Predictor, enters a row
-in VARIANTS and calls main().
+network makes of day and site, before its layers and, at first at 0.3, after them. y_t: of flow its
+square root and itself, whose mean predicts. No test site is trained on, nor may the checkpoint have
+seen it. A run leaves predictions in out/runs/*.npz, its model beside them: load("….pt").predict(
+sites). An application subclasses Predictor, enters a row in VARIANTS and calls main().
 """
 
 import json
@@ -32,7 +32,7 @@ from train import (Windows, autocast, descend, fit_standardisation, learning_rat
 
 
 class Predictor(nn.Module):
-    """Embedding + residual path -> LSTM: a number per day.
+    """Embedding + residual path -> LSTM: K numbers per day.
     `settings`, plain values, and the weights are all that it takes to predict at other sites."""
 
     def __init__(self, settings, encoder=None):
@@ -52,17 +52,18 @@ class Predictor(nn.Module):
             # of three days side by side; x 2 if both are read: flags beside them
             self.conv = nn.Linear(3 * channels * len(self.inputs), width)
             self.mix = nn.Linear(width, width)
-        self.dropout, self.output = Dropout(settings["dropout"]), nn.Linear(width, 1)
+        self.powers = np.float32(POWERS.get(settings["target"], [1]))           # (K,)
+        self.dropout, self.output = Dropout(settings["dropout"]), nn.Linear(width, len(self.powers))
         self.lstm = nn.LSTM(width, width)
 
     def forward(self, e, forcing, static):
-        """E of days and site (B, L+1, 2 D), or None; standardised inputs with NaN -> (B, L)."""
+        """E of days and site (B, L+1, 2 D), or None; standardised inputs with NaN -> (B, L, K)."""
         x = forcing.new_zeros(forcing.shape[1], len(forcing), self.settings["width"])
         if e is not None:
             x = x + self.embed(e)                           # (L, B, width): days first, for an LSTM
         if self.inputs:
             x = x + self.residual(forcing, static)
-        return self.head(x).T                                                   # (B, L)
+        return self.head(x).transpose(0, 1)                                     # (B, L, K)
 
     def embed(self, e):
         """E_t, the day's token and the site's before the layers and after: -> (L, B, width)."""
@@ -81,17 +82,19 @@ class Predictor(nn.Module):
         return self.mix(self.conv(torch.cat([r[:-2], r[1:-1], r[2:]], -1)))
 
     def head(self, x):
-        """(L, B, width) -> (L, B)."""
+        """(L, B, width) -> (L, B, K)."""
         x, _ = self.lstm(self.dropout(x))                                       # (L, B, width)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 has but three digits
-            return self.output(self.dropout(x.float()))[..., 0]
+            return self.output(self.dropout(x.float()))
 
     def transform(self, y, sites):
-        """What is learned of the target (N, T), before it is standardised."""
-        return np.sqrt(np.maximum(y, 0)) if self.settings["target"] in ROOTS else y
+        """What is learned of the target, before it is standardised: (N, T) -> (N, T, K)."""
+        return y[..., None] ** self.powers
 
     def inverse(self, y, sites):
-        return np.maximum(y, 0) ** 2 if self.settings["target"] in ROOTS else y
+        """The target of what was learned: (N, T, K) -> (N, T)."""
+        y = np.maximum(y, 0) if len(self.powers) > 1 else y
+        return (y ** (1 / self.powers)).mean(-1)
 
     def predict(self, sites):
         """The target at other sites, in its unit, for every day: (N, T)."""
@@ -102,7 +105,7 @@ class Predictor(nn.Module):
 # "random", trained from nothing, or "" for none; and what the residual path reads.
 Variant = namedtuple("Variant", "network embedding inputs",
                      defaults=(Predictor, "frozen", ("forcing",)))
-ROOTS = {"streamflow"}                                      # targets learned as square roots
+POWERS = {"streamflow": [0.5, 1]}                           # of a target, learned side by side
 VARIANTS = {"resconn": Variant(), "lstm": Variant(embedding="", inputs=("forcing", "static"))}
 
 
@@ -158,7 +161,7 @@ class Samples:
             return self.model.encoder.read(*batch).float()
 
     def outputs(self, i):
-        """What the network makes of the windows i: (B, L), standardised."""
+        """What the network makes of the windows i: (B, L, K), standardised."""
         forcing, static, *_ = self.windows.get(self.site[i], self.start[i], self.device)
         e = self.encode(i)
         with autocast(self.device, self.model.settings["dtype"]):
@@ -168,7 +171,7 @@ class Samples:
     def predict(self):
         """(chosen, days) in the target's unit; of windows that overlap, the earlier one counts."""
         s = self.model.eval().settings
-        result = np.full((len(self.sites.ids), len(self.sites.dates)), np.nan, np.float32)  # (N, T)
+        result = np.full((*self.sites.target.shape, len(s["centre"])), np.nan, np.float32)
         for i in self.batches(128):
             outputs = self.outputs(i).cpu().numpy() * s["spread"] + s["centre"]
             for site, start, y in zip(self.site[i], self.start[i], outputs):
@@ -189,8 +192,7 @@ def load(path):
 
 def choose_sites(o, sites, held_out, days, rng):
     """Indices of training, validation and test sites; test are those held out, (N,) bool.
-    All have weather and, in their period of `days` (training, test), observations; others are told.
-    """
+    All have weather and, in their period of `days` (training, test), observations, or are told."""
     asked = ~np.isnan(sites.target).all(1)                                      # (N,)
     if o.basins:
         names = [*map(data.gauge, Path(o.basins).read_text().split())]
@@ -283,10 +285,10 @@ def run(o, variant, sites, fold, seed, setting):
                 "static": torch.tensor(sites.static[training])})
     pretrained = encoder if embedding in ("frozen", "tuned") else None
     model = VARIANTS[variant].network(settings, pretrained).to(o.device)
-    learned = model.transform(sites.target, sites)                              # (N, T)
+    learned = model.transform(sites.target, sites)                              # (N, T, K)
     # these two reach the model as well: it holds the same dict
-    settings["centre"] = float(np.nanmean(learned[training, train_days]))
-    settings["spread"] = float(np.nanstd(learned[training, train_days]))
+    settings["centre"] = np.nanmean(learned[training, train_days], (0, 1)).tolist()     # K
+    settings["spread"] = np.nanstd(learned[training, train_days], (0, 1)).tolist()
     best = fit(model, o, Samples(model, sites, training, train_days),
                Samples(model, sites, validation, train_days), learned, [seed, fold])
     save(path.with_suffix(".pt"), settings=settings, weights=model.state_dict())
@@ -309,25 +311,24 @@ def identity(options):
 
 
 def fit(model, o, samples, validation, learned, seed):
-    """Train on samples; keep the weights with the best clipped NSE at those of validation.
-    learned: the transformed target, (N, T). The score is looked at ten times, and returned."""
+    """Train what is not frozen on samples; keep the weights with the best clipped NSE at those of
+    validation, looked at ten times, and return it. learned: the transformed target, (N, T, K)."""
     s, best, rng = model.settings, np.nan, np.random.default_rng(seed)
-    truth = torch.from_numpy((learned - s["centre"]) / s["spread"]).float()     # (N, T)
+    truth = torch.from_numpy((learned - s["centre"]) / s["spread"]).float()     # (N, T, K)
     # errors count as in the NSE: by the deviation of the site
     deviation = np.ma.masked_invalid(truth[:, samples.days]).std(1, keepdims=True)
-    weight = torch.from_numpy((deviation + 0.1).filled(np.nan)) ** -2           # (N, 1)
+    weight = torch.from_numpy((deviation + 0.1).filled(np.nan)) ** -2           # (N, 1, K)
     day = samples.start[:, None] + np.arange(samples.warmup, samples.length)    # (n, scored)
-    drawn = np.flatnonzero(~truth[samples.site[:, None], day].isnan().all(1))   # have an error
+    drawn = np.flatnonzero(~truth[samples.site[:, None], day, 0].isnan().all(1))    # have an error
     data.check(len(drawn), f"nothing is observed after --warmup {o.warmup} of any window")
-    # what is frozen has no gradient, and AdamW leaves it as it is
     optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=1e-2)
     for step in range(o.steps):
         model.train()
         i = rng.choice(drawn, o.batch_size)
         site, day = samples.site[i], samples.start[i][:, None] + np.arange(samples.length)
-        y = truth[site[:, None], day].to(samples.device)                        # (B, L)
+        y = truth[site[:, None], day].to(samples.device)                        # (B, L, K)
         y[:, :samples.warmup] = np.nan                      # not scored
-        error = (samples.outputs(i) - y.nan_to_num()) ** 2                      # (B, L)
+        error = (samples.outputs(i) - y.nan_to_num()) ** 2                      # (B, L, K)
         loss = (error * weight[site].to(samples.device))[~y.isnan()].mean()
         descend(optimizer, loss, o.lr * learning_rate(step / o.steps), clip=1.0)
         if (step + 1) % max(o.steps // 10, 1) == 0:         # early stopping on validation sites

@@ -27,7 +27,7 @@ from model import PRESETS, Config, Masks, StefaLand, masked_loss
 
 TRAINING = {"small": dict(steps=1400, batch_size=32, lr=2e-3, short=0.8),
             "paper": dict(steps=33000, batch_size=256, lr=1e-4, short=0.0)}  # 25 x 8,634 x 39 years
-VERSION = 6                                                 # of the files' format
+VERSION = 7                                                 # of the files' format
 STOPS = signal.SIGINT, signal.SIGTERM                       # they end training after a step
 if os.name == "posix" and hasattr(ctypes.CDLL(None), "mallopt"):    # of glibc
     # M_MMAP_MAX and M_TRIM_THRESHOLD: memory that is kept is not zeroed anew, a tenth of a step

@@ -25,7 +25,7 @@ class Adapted(Predictor):
         self.adapter = ADAPTERS[settings["variant"]](settings["width"])
 
     def head(self, x):
-        return super().head(x + self.adapter(x))                                # (L, B)
+        return super().head(x + self.adapter(x))                                # (L, B, K)
 
 
 def feedforward(d):
@@ -91,7 +91,7 @@ class Authors(Predictor):
         h, _ = self.lstm(self.enter(torch.cat([z, x, s], -1)))
         h = h + self.leave(torch.cat([h, x, s], -1))                            # (L, B, width)
         with torch.autocast(h.device.type, enabled=False):
-            return self.output(h.float())[..., 0].T                             # (B, L)
+            return self.output(h.float()).transpose(0, 1)                       # (B, L, K)
 
 
 ADAPTERS = {"resconn-feedforward": feedforward, "resconn-bottleneck": bottleneck,

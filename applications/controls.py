@@ -68,7 +68,7 @@ class Linear(Predictor):
     """A line in place of the LSTM, which stands idle."""
 
     def head(self, x):
-        return self.output(x)[..., 0]                                           # (L, B)
+        return self.output(x)                                                   # (L, B, K)
 
 
 class Hiding(Predictor):

@@ -45,7 +45,7 @@ ROUTING = {"a": (0.3, 3), "b": (0.5, 6.5)}
 
 
 class HBV(Predictor):
-    """LSTM -> parameters -> HBV -> square root of flow, standardised as that of the gauge."""
+    """LSTM -> parameters -> HBV -> square root of flow and flow, standardised as the gauge's."""
 
     def __init__(self, settings, encoder=None):
         super().__init__(settings, encoder)
@@ -57,15 +57,18 @@ class HBV(Predictor):
         self.routing = nn.Linear(width, len(ROUTING))
 
     def forward(self, e, forcing, static):
-        """As Predictor.forward: E or None, standardised inputs -> (B, L)."""
-        s, x = self.settings, self.residual(forcing, static)
-        if e is not None:
-            x = x + self.embed(e)
+        """As Predictor.forward: E or None, standardised inputs -> (B, L, 2)."""
+        self.weather = in_units(forcing, self.settings)                         # 3 x (L, B, 1)
+        return super().forward(e, forcing, static)
+
+    def head(self, x):
+        """(L, B, width) -> (L, B, 2)."""
         x, _ = self.lstm(self.dropout(x))                                       # (L, B, width)
-        weather = in_units(forcing, s["forcing_names"], s["scaling"]["forcing"])
         with torch.autocast(x.device.type, enabled=False):
-            root = (self.flow(self.dropout(x.float()), weather) + 1e-4).sqrt()  # steep near zero
-        return ((root - s["centre"]) / s["spread"]).T                           # (B, L)
+            flow = self.flow(self.dropout(x.float()), self.weather)             # (L, B)
+        views = torch.stack([(flow + 1e-4).sqrt(), flow], -1)       # the root is steep near zero
+        centre, spread = map(views.new_tensor, (self.settings["centre"], self.settings["spread"]))
+        return (views - centre) / spread
 
     def flow(self, x, weather):
         """What the LSTM says (L, B, width), weather 3 x (L, B, 1) -> mm/d at the gauge (L, B)."""
@@ -78,22 +81,22 @@ class HBV(Predictor):
         return route(flow.mean(-1), **within(ROUTING, self.routing(mean[0])))
 
 
-def in_units(forcing, names, scaling):
+def in_units(forcing, settings):
     """Precipitation, temperature and PET in mm/d and °C, (L, B, 1) each, of the standardised
     forcing (B, L, C).
 
     A missing day is the mean of the window's others, a window without any 0. Temperature is the
     mean of the extremes if need be. ValueError if the sites lack a variable.
     """
-    log, mean, std = scaling.to(forcing)                                        # (C,) each
+    log, mean, std = settings["scaling"]["forcing"].to(forcing)                 # (C,) each
     x = forcing * std + mean
     x = torch.where(log > 0, x.expm1(), x)
-    x = torch.where(x.isnan(), x.nanmean(1, keepdim=True), x).nan_to_num()
-    series = dict(zip(names, x.transpose(0, 1).split(1, -1)))                   # (L, B, 1) each
+    x = torch.where(x.isnan(), x.nanmean(1, keepdim=True), x).nan_to_num().transpose(0, 1)
+    series = dict(zip(settings["forcing_names"], x.split(1, -1)))               # (L, B, 1) each
     if "temperature" not in series and {"tmax", "tmin"} <= series.keys():
         series["temperature"] = (series["tmax"] + series["tmin"]) / 2
     for name in ("precipitation", "temperature", "pet"):
-        data.check(name in series, f"the sites have no {name}, which hbv needs, but {names}")
+        data.check(name in series, f"the sites have no {name}, which hbv needs, but {[*series]}")
     return series["precipitation"], series["temperature"], series["pet"]
 
 
@@ -165,8 +168,7 @@ def within(ranges, x):
     return values
 
 
-for name in ("resconn", "lstm"):
-    VARIANTS[f"{name}-hbv"] = VARIANTS[name]._replace(network=HBV)
+VARIANTS |= {f"{name}-hbv": VARIANTS[name]._replace(network=HBV) for name in ("resconn", "lstm")}
 
 if __name__ == "__main__":
     data.command(partial(main, models="resconn,lstm,resconn-hbv,lstm-hbv", description=__doc__))

@@ -6,7 +6,6 @@ import json
 import math
 import signal
 import sys
-import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from model import Config
 from train import shared_options
 
 REAL = Path(data.__file__).resolve().parents[1] / "shared" / "real"
-FOLDER = Path(tempfile.mkdtemp())
+FOLDER = Path(mkdtemp())
 
 def raises(text, function, *args, error=ValueError):
     """Assert that the call raises this error, with the text in its message."""
@@ -76,7 +75,7 @@ LAYERS = [("7", 0, 10, 10, 20, 70), ("7", 10, 50, 40, 20, 40), ("8", 0, 30, 30, 
 
 def source(name, files, old="", new="", only=""):
     """NAME:DIR of a new folder with the files, | between lines; `old` is replaced in some."""
-    folder = Path(tempfile.mkdtemp(dir=FOLDER))
+    folder = Path(mkdtemp(dir=FOLDER))
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         text = text.replace(old, new) if old and only in path else text
@@ -241,7 +240,7 @@ def test_class_metrics_equal_those_counted_by_hand():
 
 def slopes(points="713255,9559875,TRUE,1,2,3,4,5|713030,9559875,0,1,2,3,4,5", **raster):
     """An archive of two points on a raster of 40 x 50 cells; the second is too near the edge."""
-    folder = Path(tempfile.mkdtemp(dir=FOLDER))
+    folder = Path(mkdtemp(dir=FOLDER))
     text = f"x,y,lslpts,slope,cplan,cprof,elev,log10_carea|{points}"
     (folder / "points.csv").write_text(text.replace("|", "\n"))
     grid = dict(ta=np.arange(4000.).reshape(2, 40, 50), xmin=713_000., ymax=9_560_000., res=10.)
@@ -315,8 +314,8 @@ def test_windows_are_drawn_that_have_something_to_score():
 def network(variant, **changes):
     """An untrained one, in training mode, and its inputs: 3 basins of 365 days."""
     torch.manual_seed(0)
-    settings = dict(target="streamflow", variant=variant, width=16, dropout=0.0, centre=1.0,
-                    forcing_names=("precipitation", "tmin", "tmax", "pet"), spread=0.5,
+    settings = dict(target="streamflow", variant=variant, width=16, dropout=0.0, centre=[1, 2],
+                    forcing_names=("precipitation", "tmin", "tmax", "pet"), spread=[0.5, 2],
                     static_names=("clay", "sand", "forest", "area"), scaling={"forcing":
                         torch.tensor([[1.0, 0, 0, 0], [1, 3, 8, 2], [1, 5, 6, 1]]).double()})
     settings["config"] = vars(Config(settings["forcing_names"], settings["static_names"]))
@@ -381,7 +380,7 @@ def test_controls_do_what_their_names_say():
     model, (e, *others) = network("linear")
     before = model(e, *others)
     e[:, 200] += torch.randn(128)
-    assert (model(e, *others) != before).any(0).nonzero().tolist() == [[200]]   # that day alone
+    assert (model(e, *others) != before).any(2).any(0).nonzero().tolist() == [[200]]    # that day
     hiding = network("lstm-hiding")[0]
     with mock.patch.object(finetune.Predictor, "residual", lambda self, forcing, static: static):
         hidden = hiding.residual(None, torch.ones(500, 4)).isnan()
@@ -431,9 +430,10 @@ def test_buckets_get_the_weather_in_its_units_and_their_flow_is_delayed():
     x = np.array([[[0, 1, 9, 3], [20, gap, 7, 0.5], [gap, -5, -1, gap]]], "f4")
     scaling = torch.tensor([[1, 0, 0, 0], [1, 3, 8, 2.0], [1, 5, 6, 0.5]]).double()
     x = torch.from_numpy(train.apply_standardisation(x, scaling))
-    weather = torch.cat(hybrid.in_units(x, names, scaling), -1)[:, 0]           # (3 days, 3)
+    about = dict(forcing_names=names, scaling={"forcing": scaling})
+    weather = torch.cat(hybrid.in_units(x, about), -1)[:, 0]                    # (3 days, 3)
     np.testing.assert_allclose(weather, [[0, 5, 3], [20, 2.5, 0.5], [10, -3, 1.75]], atol=1e-5)
-    raises("the sites have no pet", hybrid.in_units, x, (*names[:3], "humidity"), scaling)
+    raises("the sites have no pet", hybrid.in_units, x, about | {"forcing_names": names[:3]})
     flow, t = torch.eye(60)[:, 10:11], np.arange(15) + 0.5  # one wet day
     routed = hybrid.route(flow, torch.tensor([2.0]), torch.tensor([1.5]))[10:25, 0]
     np.testing.assert_allclose(routed, t * np.exp(-t / 1.5) / (t * np.exp(-t / 1.5)).sum(), 1e-5)
