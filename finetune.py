@@ -1,7 +1,7 @@
 """Predict daily series where nothing was measured: frozen encoder, residual adapter, LSTM head.
 
     python train.py && python finetune.py               streamflow: resconn and the LSTM, one fold
-    python finetune.py --model resconn,lstm --labelled 60 --seeds 3 --fold all
+    python finetune.py --model resconn,lstm --labelled 60 --seeds 3
     python finetune.py --data caravan:DIR --checkpoint out/pub{fold}/pretrained.pt --fold all
     python eval.py                                      the table over all runs
 
@@ -87,11 +87,11 @@ class Predictor(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 has but three digits
             return self.output(self.dropout(x.float()))
 
-    def transform(self, y, sites):
+    def transform(self, y):
         """What is learned of the target, before it is standardised: (N, T) -> (N, T, K)."""
         return y[..., None] ** self.powers
 
-    def inverse(self, y, sites):
+    def inverse(self, y):
         """The target of what was learned: (N, T, K) -> (N, T)."""
         y = np.maximum(y, 0) if len(self.powers) > 1 else y
         return (y ** (1 / self.powers)).mean(-1)
@@ -171,13 +171,13 @@ class Samples:
     def predict(self):
         """(chosen, days) in the target's unit; of windows that overlap, the earlier one counts."""
         s = self.model.eval().settings
-        result = np.full((*self.sites.target.shape, len(s["centre"])), np.nan, np.float32)
+        result = np.full((*self.sites.target.shape, len(self.model.powers)), np.nan, np.float32)
         for i in self.batches(128):
             outputs = self.outputs(i).cpu().numpy() * s["spread"] + s["centre"]
             for site, start, y in zip(self.site[i], self.start[i], outputs):
                 days = result[site, start:start + self.length]                  # a view
                 np.copyto(days, y, where=np.isnan(days))            # the earlier window stays
-        return self.model.inverse(result, self.sites)[self.chosen, self.days]
+        return self.model.inverse(result)[self.chosen, self.days]
 
 
 def load(path):
@@ -192,7 +192,7 @@ def load(path):
 
 def choose_sites(o, sites, held_out, days, rng):
     """Indices of training, validation and test sites; test are those held out, (N,) bool.
-    All have weather and, in their period of `days` (training, test), observations, or are told."""
+    All have weather and, in their period of `days` (training, test), observations; others told."""
     asked = ~np.isnan(sites.target).all(1)                                      # (N,)
     if o.basins:
         names = [*map(data.gauge, Path(o.basins).read_text().split())]
@@ -285,7 +285,7 @@ def run(o, variant, sites, fold, seed, setting):
                 "static": torch.tensor(sites.static[training])})
     pretrained = encoder if embedding in ("frozen", "tuned") else None
     model = VARIANTS[variant].network(settings, pretrained).to(o.device)
-    learned = model.transform(sites.target, sites)                              # (N, T, K)
+    learned = model.transform(sites.target)                                     # (N, T, K)
     # these two reach the model as well: it holds the same dict
     settings["centre"] = np.nanmean(learned[training, train_days], (0, 1)).tolist()     # K
     settings["spread"] = np.nanstd(learned[training, train_days], (0, 1)).tolist()

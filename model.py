@@ -28,7 +28,7 @@ class Config:
     dynamic_groups: tuple = ()     # group of each daily variable; empty: every variable by itself
     static_groups: tuple = ()      # likewise; the group NEVER_HIDDEN is always shown
     d_model: int = 64              # width D
-    n_heads: int = 2               # of width 32: plain products, on a CPU faster than narrow heads
+    n_heads: int = 2               # of width 32: on a CPU faster than narrower heads
     n_layers: int = 2
     d_ff: int = 128                # hidden width of the feed-forward blocks
     d_hidden: int = 64             # hidden width of each variable's own two-layer map

@@ -1,7 +1,7 @@
 """Other adapters than the plain residual one: what is done to x = E + r before the LSTM reads it.
 
     python train.py && python -m applications.adapters                      the synthetic world
-    python -m applications.adapters --data caravan:DIR --model resconn,resconn-gated --fold all
+    python -m applications.adapters --data caravan:DIR --model resconn,resconn-gated
 
 Most add a small network of x to x: x + adapter(x). resconn-all has none, but its residual path
 reads the attributes beside the weather. resconn-narrow lets eight numbers of the site through.

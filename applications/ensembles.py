@@ -1,6 +1,6 @@
 """Ensembles: medians over seeds and models, gains over a baseline, and intervals that are checked.
 
-    python finetune.py --seeds 3 --fold all && python -m applications.ensembles [--out out]
+    python finetune.py --seeds 3 && python -m applications.ensembles [--out out]
 
 Prints eval.py's table with rows for the median of each model's seeds, of all models and of the
 mixture of models that is best at the validation sites, which no member learned from; the gain of

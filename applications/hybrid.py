@@ -1,7 +1,7 @@
 """Streamflow by a bucket model whose parameters the network tells: a physical head.
 
     python train.py && python -m applications.hybrid                beside resconn and lstm
-    python -m applications.hybrid --data caravan:DIR --lr 5e-3 --fold all
+    python -m applications.hybrid --data caravan:DIR --lr 5e-3
 
 HBV (Bergström 1976) written in PyTorch and trained through time, as in Feng et al. (2022, doi
 10.1029/2022WR032404). The LSTM reads what that of resconn or lstm reads, and tells from it the

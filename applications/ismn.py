@@ -1,6 +1,6 @@
 """Reader of the International Soil Moisture Network: daily soil moisture (m3/m3) at stations.
 
-    python finetune.py --target soil_moisture --data ismn:DIR --fold all
+    python finetune.py --target soil_moisture --data ismn:DIR
 
 DIR is an archive (Dorigo et al. 2021, doi 10.5194/hess-25-5749-2021) in its "header + values"
 format, with the weather of each station: a csv named as the station or as its folder, beside its

@@ -23,6 +23,7 @@ from applications import (adapters, alphaearth, blocks, common, controls, dynami
                           ensembles, figures, growth, height, hybrid, landslide, predict, release,
                           soil, values)
 from model import Config
+from test_all import close, printed
 from train import shared_options
 
 REAL = Path(data.__file__).resolve().parents[1] / "shared" / "real"
@@ -36,13 +37,6 @@ def raises(text, function, *args, error=ValueError):
         assert text in str(found), f"{found} does not say {text}"
     else:
         raise AssertionError(f"nothing raised, expected {text}")
-
-def printed(function, *args):
-    """What a call prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        function(*args)
-    return said.getvalue()
-
 
 # camels.py, ismn.py, wosis.py, gauges.py
 
@@ -434,6 +428,12 @@ def test_buckets_get_the_weather_in_its_units_and_their_flow_is_delayed():
     weather = torch.cat(hybrid.in_units(x, about), -1)[:, 0]                    # (3 days, 3)
     np.testing.assert_allclose(weather, [[0, 5, 3], [20, 2.5, 0.5], [10, -3, 1.75]], atol=1e-5)
     raises("the sites have no pet", hybrid.in_units, x, about | {"forcing_names": names[:3]})
+    model, (_, *inputs) = network("lstm-hbv")               # rain is all that flows, at once
+    with (mock.patch.object(hybrid, "hbv", lambda rain, *_: (rain,)),
+          mock.patch.object(hybrid, "route", lambda flow, **_: flow)):
+        views = model(None, *inputs) * torch.tensor([0.5, 2]) + torch.tensor([1, 2])    # (B, L, 2)
+    rain = hybrid.in_units(inputs[0], model.settings)[0][..., 0].T
+    close(views, torch.stack([(rain + 1e-4).sqrt(), rain], -1), atol=1e-3)
     flow, t = torch.eye(60)[:, 10:11], np.arange(15) + 0.5  # one wet day
     routed = hybrid.route(flow, torch.tensor([2.0]), torch.tensor([1.5]))[10:25, 0]
     np.testing.assert_allclose(routed, t * np.exp(-t / 1.5) / (t * np.exp(-t / 1.5)).sum(), 1e-5)

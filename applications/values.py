@@ -1,6 +1,6 @@
 """One value, or one class, per site: what soil.py, landslide.py and alphaearth.py share.
 
-    python train.py && python -m applications.soil --fold all --seeds 3     clay, for example
+    python train.py && python -m applications.soil --seeds 3     clay, for example
 
 `resconn` reads the embedding of the frozen encoder and, on a residual path, the attributes; `mlp`
 the attributes alone; `glm`, ridge or logistic regression, likewise. The embedding: tokens before
