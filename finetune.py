@@ -5,11 +5,12 @@
     python finetune.py --data caravan:DIR --checkpoint out/pub{fold}/pretrained.pt --fold all
     python eval.py                                      the table over all runs
 
-r_t = linear(conv1d(weather_t)); h = LSTM(E_t + r_t); y_t = linear(h_t). E_t: what the pretrained
-network makes of day and site, before its layers and, at first at 0.3, after them. y_t: of flow its
-square root and itself, whose mean predicts. No test site is trained on, nor may the checkpoint have
-seen it. A run leaves predictions in out/runs/*.npz, its model beside them: load("….pt").predict(
-sites). An application subclasses Predictor, enters a row in VARIANTS and calls main().
+r_t = linear(conv1d(weather_t, attributes)); h = LSTM(E_t + r_t); y_t = linear(h_t). E_t: what the
+pretrained network makes of day and site, before its layers and, at first at 0.3, after them. y_t:
+of flow its square root and itself, whose mean predicts. Groups of attributes are hidden in training
+as in pretraining. No test site is trained on, nor may the checkpoint have seen it. A run leaves
+out/runs/*.npz, predictions, and *.pt, a model for load("….pt").predict(sites). An application
+subclasses Predictor, enters a row in VARIANTS and calls main().
 """
 
 import json
@@ -26,7 +27,7 @@ import torch.nn as nn
 
 import data
 from eval import series_scores
-from model import Config, Dropout, StefaLand
+from model import Config, Dropout, StefaLand, draw_groups
 from train import (Windows, autocast, descend, fit_standardisation, learning_rate, load_checkpoint,
                    load_file, positive, save, shared_options)
 
@@ -40,6 +41,7 @@ class Predictor(nn.Module):
         self.settings, self.encoder, width = settings, None, settings["width"]
         variant = VARIANTS[settings["variant"]]
         self.inputs = variant.inputs
+        self.hide = 0.3 if variant.embedding else 0.0       # chance of an attribute, in training
         if variant.embedding:
             self.encoder = encoder or StefaLand(Config(**settings["config"]))
             self.encoder.requires_grad_(variant.embedding != "frozen")
@@ -58,11 +60,9 @@ class Predictor(nn.Module):
 
     def forward(self, e, forcing, static):
         """E of days and site (B, L+1, 2 D), or None; standardised inputs with NaN -> (B, L, K)."""
-        x = forcing.new_zeros(forcing.shape[1], len(forcing), self.settings["width"])
+        x = self.residual(forcing, static).float() if self.inputs else 0        # (L, B, width)
         if e is not None:
-            x = x + self.embed(e)                           # (L, B, width): days first, for an LSTM
-        if self.inputs:
-            x = x + self.residual(forcing, static)
+            x = x + self.embed(e)
         return self.head(x).transpose(0, 1)                                     # (B, L, K)
 
     def embed(self, e):
@@ -76,8 +76,8 @@ class Predictor(nn.Module):
         """r_t of weather, or of weather and attributes, flagged where missing: (L, B, width)."""
         r = forcing.transpose(0, 1)                                             # (L, B, C)
         if "static" in self.inputs:
-            static = static.expand(len(r), -1, -1)                              # (L, B, S)
-            r = torch.cat([fill_and_flag(r), fill_and_flag(static)], -1)        # (L, B, 2 C + 2 S)
+            static = fill_and_flag(static).expand(len(r), -1, -1)               # (L, B, 2 S)
+            r = torch.cat([fill_and_flag(r), static], -1)                       # (L, B, 2 C + 2 S)
         r = nn.functional.pad(r.nan_to_num(), (0, 0, 0, 0, 1, 1))               # (L+2, B, channels)
         return self.mix(self.conv(torch.cat([r[:-2], r[1:-1], r[2:]], -1)))
 
@@ -104,9 +104,9 @@ class Predictor(nn.Module):
 # A Predictor, or a subclass; where its encoder is from: "frozen" or "tuned", of --checkpoint,
 # "random", trained from nothing, or "" for none; and what the residual path reads.
 Variant = namedtuple("Variant", "network embedding inputs",
-                     defaults=(Predictor, "frozen", ("forcing",)))
+                     defaults=(Predictor, "frozen", ("forcing", "static")))
 POWERS = {"streamflow": [0.5, 1]}                           # of a target, learned side by side
-VARIANTS = {"resconn": Variant(), "lstm": Variant(embedding="", inputs=("forcing", "static"))}
+VARIANTS = {"resconn": Variant(), "lstm": Variant(embedding="")}
 
 
 def fill_and_flag(x):
@@ -117,16 +117,18 @@ def fill_and_flag(x):
 class Samples:
     """Some days of some sites cut into windows, as a Predictor reads them."""
 
-    def __init__(self, model, sites, chosen, days):
+    def __init__(self, model, sites, chosen, days, hide=0.0):
         self.model, self.sites, self.chosen, self.days = model, sites, chosen, days
         s = model.settings
         self.device = next(model.parameters()).device
-        self.length, self.warmup = s["length"], s["warmup"]     # of the window, of it not scored
+        # days of a window; of them not scored; chance that a group of attributes is hidden
+        self.length, self.warmup, self.hide = s["length"], s["warmup"], hide
         # windows overlap by the warm-up; the last one ends with the days
         starts = np.arange(max(days.start - self.warmup, 0), max(days.stop - self.warmup, 1),
                            self.length - self.warmup)
         starts = np.unique(np.minimum(starts, max(days.stop - self.length, 0)))
         self.site, self.start = np.repeat(chosen, len(starts)), np.tile(starts, len(chosen))  # (n,)
+        self.batches = [slice(i, i + 64) for i in range(0, len(self.site), 64)]     # to go through
         self.windows = Windows(sites, s["scaling"], self.length, s["forcing_names"],
                                s["static_names"])
         self.encoded = None
@@ -143,27 +145,30 @@ class Samples:
         self.model.eval()
         shape = len(self.site), self.length + 1, 2 * self.model.encoder.config.d_model
         store = np.memmap(tempfile.TemporaryFile(), np.float16, "w+", shape=shape)
-        for i in self.batches(64):
+        for i in self.batches:
             store[i] = self.encode(i).cpu()
         return torch.from_numpy(store)
 
-    def batches(self, size):
-        return [slice(i, i + size) for i in range(0, len(self.site), size)]
+    def read(self, windows, i):
+        """Windows.get of the windows i; training hides groups of attributes, as pretraining did."""
+        forcing, static, *place = windows.get(self.site[i], self.start[i], self.device)
+        if self.hide:
+            hidden = draw_groups(windows.static_groups, self.hide, torch.rand, len(static))
+            static = static.masked_fill(hidden.to(self.device), torch.nan)      # (B, S)
+        return forcing, static, *place
 
     def encode(self, i):
-        """E of the windows i, days and site: (B, L+1, 2 D); None if the model takes none."""
+        """E of the windows i, days and site: (B, L+1, 2 D)."""
         if self.encoded is not None:
             return self.encoded[i].to(self.device).float()
-        if not self.model.encoder:
-            return None
-        batch = self.encoder_windows.get(self.site[i], self.start[i], self.device)
+        batch = self.read(self.encoder_windows, i)
         with autocast(self.device, self.model.settings["dtype"]):
             return self.model.encoder.read(*batch).float()
 
     def outputs(self, i):
         """What the network makes of the windows i: (B, L, K), standardised."""
-        forcing, static, *_ = self.windows.get(self.site[i], self.start[i], self.device)
-        e = self.encode(i)
+        forcing, static, *_ = self.read(self.windows, i)
+        e = self.encode(i) if self.model.encoder else None
         with autocast(self.device, self.model.settings["dtype"]):
             return self.model(e, forcing, static).float()
 
@@ -172,7 +177,7 @@ class Samples:
         """(chosen, days) in the target's unit; of windows that overlap, the earlier one counts."""
         s = self.model.eval().settings
         result = np.full((*self.sites.target.shape, len(self.model.powers)), np.nan, np.float32)
-        for i in self.batches(128):
+        for i in self.batches:
             outputs = self.outputs(i).cpu().numpy() * s["spread"] + s["centre"]
             for site, start, y in zip(self.site[i], self.start[i], outputs):
                 days = result[site, start:start + self.length]                  # a view
@@ -283,13 +288,13 @@ def run(o, variant, sites, fold, seed, setting):
                  "static": fit_standardisation(sites.static[fold_of != fold])},
         places={"latlon": torch.tensor(sites.latlon[training]),                 # trained at
                 "static": torch.tensor(sites.static[training])})
-    pretrained = encoder if embedding in ("frozen", "tuned") else None
+    pretrained = None if embedding == "random" else encoder
     model = VARIANTS[variant].network(settings, pretrained).to(o.device)
     learned = model.transform(sites.target)                                     # (N, T, K)
     # these two reach the model as well: it holds the same dict
     settings["centre"] = np.nanmean(learned[training, train_days], (0, 1)).tolist()     # K
     settings["spread"] = np.nanstd(learned[training, train_days], (0, 1)).tolist()
-    best = fit(model, o, Samples(model, sites, training, train_days),
+    best = fit(model, o, Samples(model, sites, training, train_days, model.hide),
                Samples(model, sites, validation, train_days), learned, [seed, fold])
     save(path.with_suffix(".pt"), settings=settings, weights=model.state_dict())
     arrays = dict(about=about, dates=sites.dates[test_days], latlon=sites.latlon[test],

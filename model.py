@@ -72,7 +72,10 @@ class StefaLand(nn.Module):
 
     def embed(self, forcing, static, latlon=None, day_of_year=None, hidden=Masks()):
         """T day tokens and, last, the static token with the location: (B, T+1, D) (A.1, A.3)."""
-        self.check(forcing, static)
+        (_, T, C), (_, S), c = forcing.shape, static.shape, self.config
+        if (C, S) != (len(c.dynamic_names), len(c.static_names)) or T > c.max_days:
+            raise ValueError(f"{T} days of {C} and {S} variables, not at most {c.max_days} of "
+                             f"{c.dynamic_names}, {c.static_names}")
         days = self.dynamic_embedding(forcing, hidden.dynamic)                  # (B, T, D)
         if day_of_year is not None:
             angle = day_of_year * (2 * math.pi / 365.25)                        # (B, T)
@@ -128,14 +131,6 @@ class StefaLand(nn.Module):
         always = draw_groups(groups, c.p_always, uniform, B, 1)                 # (B, 1, C)
         static = draw_groups(c.static_groups or c.static_names, c.p_static, uniform, B)     # (B, S)
         return Masks(in_a_window | always, static, uniform(B) < c.p_location)
-
-    def check(self, forcing, static):
-        """ValueError on inputs the network has no place for."""
-        (_, T, C), (_, S), c = forcing.shape, static.shape, self.config
-        if (C, S) != (len(c.dynamic_names), len(c.static_names)):
-            raise ValueError(f"{C} and {S} variables, not {c.dynamic_names}, {c.static_names}")
-        if T > c.max_days:
-            raise ValueError(f"a window of {T} days, positions end at {c.max_days}")
 
 
 def draw_groups(groups, chance, uniform, *shape):

@@ -27,7 +27,7 @@ from model import PRESETS, Config, Masks, StefaLand, masked_loss
 
 TRAINING = {"small": dict(steps=1400, batch_size=32, lr=2e-3, short=0.8),
             "paper": dict(steps=33000, batch_size=256, lr=1e-4, short=0.0)}  # 25 x 8,634 x 39 years
-VERSION = 7                                                 # of the files' format
+VERSION = 8                                                 # of the files' format
 STOPS = signal.SIGINT, signal.SIGTERM                       # they end training after a step
 if os.name == "posix" and hasattr(ctypes.CDLL(None), "mallopt"):    # of glibc
     # M_MMAP_MAX and M_TRIM_THRESHOLD: memory that is kept is not zeroed anew, a tenth of a step
@@ -242,8 +242,8 @@ class Windows:
         n = len(sites.dates)
         data.check(n >= days, f"{n} days of data, but windows of {days}: pretrain with --config "
                    f"'{{\"max_days\": {n}}}'")
-        self.sites, self.days, self.dynamic_names = sites, days, dynamic_names
-        self.scaling = scaling["forcing"]
+        self.sites, self.days, self.scaling = sites, days, scaling["forcing"]
+        self.dynamic_names, self.static_groups = dynamic_names, data.groups(static_names)
         seen = np.stack([~np.isnan(series).all(-1) for series in sites.forcing])    # (N, T)
         self.first, self.last = seen.argmax(1), seen.shape[1] - seen[:, ::-1].argmax(1)
         self.last[~seen.any(1)] = 0                         # no record: windows start at day 0

@@ -3,9 +3,8 @@
     python train.py && python -m applications.adapters                      the synthetic world
     python -m applications.adapters --data caravan:DIR --model resconn,resconn-gated
 
-Most add a small network of x to x: x + adapter(x). resconn-all has none, but its residual path
-reads the attributes beside the weather. resconn-narrow lets eight numbers of the site through.
-resconn-authors is the adapter of the authors' code.
+Most add a small network of x to x: x + adapter(x). resconn-narrow lets eight numbers of the site
+through. resconn-authors is the adapter of the authors' code.
 """
 
 from functools import partial
@@ -97,8 +96,7 @@ class Authors(Predictor):
 ADAPTERS = {"resconn-feedforward": feedforward, "resconn-bottleneck": bottleneck,
             "resconn-gated": gated, "resconn-experts": Experts}
 VARIANTS |= {name: Variant(Adapted) for name in ADAPTERS}
-VARIANTS |= {"resconn-all": Variant(inputs=("forcing", "static")),
-             "resconn-narrow": Variant(Narrow), "resconn-authors": Variant(Authors, inputs=())}
+VARIANTS |= {"resconn-narrow": Variant(Narrow), "resconn-authors": Variant(Authors, inputs=())}
 MODELS = ",".join(name for name in VARIANTS if name.startswith("resconn"))
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ shallow, deep: E from before the encoder's layers only, or only from after them.
 noresconn: E without the residual path; linear: noresconn, but each day by itself, no LSTM.
 scratch: the encoder learns from random weights, with the rest; direct: from the pretrained ones,
 without the residual path. Both are slow, and only run if --model names them.
-lstm-hiding: lstm that in training had groups of attributes hidden, as the encoder had.
+resconn-weather: the residual path is not told the attributes.
+resconn-shown: no attributes are hidden in training; lstm-hiding: some are, as from resconn.
 """
 
 from functools import partial
@@ -17,9 +18,9 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from data import command, groups
+from data import command
 from finetune import VARIANTS, Predictor, Variant, fill_and_flag, main
-from model import Config, draw_groups, spherical_harmonics
+from model import Config, spherical_harmonics
 
 
 class Inputs(nn.Module):
@@ -72,13 +73,11 @@ class Linear(Predictor):
 
 
 class Hiding(Predictor):
-    """In training each group of attributes of a window is hidden with the chance of 0.3."""
+    """Attributes are hidden in training though there is no E, or not although there is."""
 
-    def residual(self, forcing, static):
-        if self.training:
-            hide = draw_groups(groups(self.settings["static_names"]), 0.3, torch.rand, len(static))
-            static = static.masked_fill(hide.to(static.device), torch.nan)     # (B, S)
-        return super().residual(forcing, static)
+    def __init__(self, settings, encoder=None):
+        super().__init__(settings, encoder)
+        self.hide = 0.0 if self.encoder else 0.3
 
 
 # shares of day and site before the layers, of day and site after them
@@ -86,8 +85,9 @@ GAINS = {"shallow": (1.0, 1.0, 0.0, 0.0), "deep": (0.0, 0.0, 1.0, 1.0)}
 VARIANTS |= {"noresconn": Variant(inputs=()), "scratch": Variant(embedding="random"),
              "direct": Variant(embedding="tuned", inputs=()), "linear": Variant(Linear, inputs=()),
              "raw": Variant(Raw), "untrained": Variant(Untrained), "shallow": Variant(OneLevel),
-             "deep": Variant(OneLevel), "lstm-hiding": VARIANTS["lstm"]._replace(network=Hiding)}
-MODELS = "resconn,shallow,deep,raw,untrained,noresconn,linear,lstm,lstm-hiding"
+             "deep": Variant(OneLevel), "resconn-weather": Variant(inputs=("forcing",)),
+             "resconn-shown": Variant(Hiding), "lstm-hiding": Variant(Hiding, embedding="")}
+MODELS = "resconn,resconn-weather,shallow,deep,raw,untrained,noresconn,linear,lstm,lstm-hiding"
 
 if __name__ == "__main__":
     command(partial(main, models=MODELS, description=__doc__))

@@ -5,20 +5,20 @@
 SETTING.png         of each setting of out/runs: NSE of all models at the test sites, a map of the
                     method's, hydrographs of its median and its worst site
 SETTING.csv         the metrics of each site
-labels of DATA.png  median NSE against the number of training sites with observations, if there are
-                    runs with several
+settings.png        of several settings: NSE of all models, a panel for each data set
 reconstruction.png  a year of weather at a site that out/pretrained.pt was not trained on: each
                     group of variables hidden for 60 days in turn, and what the network puts there
 
 Of the checkpoint it prints how much is explained (R2) of each group, hidden at the validation
 sites: attributes altogether, weather for these days. The yardstick beside it is ridge regression on
 the attributes left visible, or the mean of the day of the year at training sites. A model has the
-same colour in every figure; what was observed is black.
+same colour in every figure, whatever it was pretrained on; what was observed is black.
 """
 
 import math
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -70,14 +70,14 @@ def draw_setting(path, setting, models, colours):
     save_figure(figure, path)
 
 
-def draw_distribution(axis, models, colours):
+def draw_distribution(axis, models, colours, style="-", count=""):
     """The share of sites whose NSE is below x, a curve for each model."""
     for name, rows in models.items():
         values = [row["nse"] for row in rows.values()]
-        label = f"{name}, median {np.median(values):.2f}"
+        label = f"{name}{count}, median {np.median(values):.2f}"
         if any(row["run"]["overlap"] for row in rows.values()):
             label += "\n(has seen test sites)"
-        axis.ecdf(values, color=colours[name], label=label)
+        axis.ecdf(values, color=colours[name], linestyle=style, label=label)
     # a few sites may be at -100
     axis.set(xlabel="NSE", ylabel=f"share of {len(values)} held-out sites below", xlim=(-1, 1))
     axis.legend(loc="upper left", handlelength=1)
@@ -105,17 +105,17 @@ def draw_hydrographs(axis, tested, colours):
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, handlelength=1)
 
 
-def draw_labels(path, data_set, curves, colours):
-    """A curve for each of {model: {labelled sites: median NSE}}."""
-    counts = sorted(set().union(*curves.values()))
-    x = [f"{count:.0f}".replace("inf", "all") for count in counts]
-    figure = new_figure(6, 4.5)
-    axis = figure.subplots()
-    for name, curve in curves.items():
-        y = [curve.get(count, math.nan) for count in counts]
-        axis.plot(x, y, "o-", color=colours[name], label=name)
-    axis.set(xlabel="training sites with observations", ylabel="median NSE at held-out sites")
-    axis.legend(title=data_set)
+def draw_settings(path, panels, colours):
+    """A panel for each of {data set: {(labelled sites, setting): models}}: the shares of all its
+    settings, the fewer sites the more broken the line."""
+    figure = new_figure(4 * len(panels), 4)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, settings) in zip(axes, panels.items()):
+        ordered = sorted(settings.items(), reverse=True)
+        for ((labelled, _), models), style in zip(ordered, 9 * ["-", "--", ":", "-."]):
+            count = f", {labelled:.0f} sites".replace("inf", "all")
+            draw_distribution(axis, models, colours, style, count)
+        axis.set_title(name)
     save_figure(figure, path)
 
 
@@ -234,22 +234,24 @@ def main(argv=None):
     parser.add_argument("--out", default="out", type=Path, help="of runs/ and pretrained.pt [out]")
     parser.add_argument("--data", default="", help="of the reconstruction [the pretraining's]")
     o = parser.parse_args(argv)
-    runs, curves = load_runs(o.out), defaultdict(lambda: defaultdict(dict))
+    runs, panels = load_runs(o.out), defaultdict(dict)
     names = sorted(set().union(*runs.values()), key=rank)
-    colours = {name: f"C{k % 10}" for k, name in enumerate(names)}
+    kind = {}                           # name: its variant, and which of its encoders in a setting
+    for models in runs.values():
+        for variant, group in groupby(sorted(models, key=rank), lambda name: name.split("@")[0]):
+            kind |= {name: (variant, k) for k, name in enumerate(group)}
+    kinds = list(dict.fromkeys(kind[name] for name in names))
+    colours = {name: f"C{kinds.index(kind[name]) % 10}" for name in names}
     for setting, models in runs.items():
-        labelled = next(iter(models.values()))[0]["options"]["labelled"]
-        data_set = setting.replace(f", labelled {labelled}", "")
+        options = next(iter(models.values()))[0]["options"]
         sites = {name: by_site(models[name]) for name in names if name in models}
         data.check(all(sites.values()), f"{setting}: no test site has an NSE")
         write_metrics(o.out / f"{setting}.csv", sites)
         draw_setting(o.out / f"{setting}.png", setting, sites, colours)
-        for name, rows in sites.items():
-            median = np.median([row["nse"] for row in rows.values()])
-            curves[data_set][name][labelled or math.inf] = median
-    for data_set, of_models in curves.items():
-        if len(set().union(*of_models.values())) > 1:
-            draw_labels(o.out / f"labels of {data_set}.png", data_set, of_models, colours)
+        data_set = f"{Path(options['data']).name}, {options['holdout']}"
+        panels[data_set][options["labelled"] or math.inf, setting] = sites
+    if len(runs) > 1:
+        draw_settings(o.out / "settings.png", panels, colours)
     if (o.out / "pretrained.pt").is_file() or not runs:
         reconstruct(o.out, o.data)
 

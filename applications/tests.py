@@ -152,7 +152,6 @@ def test_gauges_are_known_by_their_attributes_alone_each_once():
     assert "at most half of the attributes known: 1 (hysets_us_1)" in said.getvalue()
     assert "of another source too: 1 (us_1)" in said.getvalue()
 
-
 # values.py, soil.py, landslide.py, alphaearth.py
 
 def quick(application, out, *options):
@@ -290,7 +289,6 @@ def test_vectors_are_joined_by_id_or_by_place_and_decoded():
         np.savez(path, **dict(id=sites.ids[:2]) | arrays)
         raises(complaint, alphaearth.join_vectors, sites, path)
 
-
 def test_windows_are_drawn_that_have_something_to_score():
     sites, drawn, outputs = data.load(quick=True), [], finetune.Samples.outputs
     sites = replace(sites, target=np.where(sites.dates < sites.dates[400], np.nan, sites.target))
@@ -329,7 +327,12 @@ def test_every_own_network_is_saved_and_loaded_as_itself():
 def test_saved_networks_predict_what_their_runs_did():
     out, sites = str(FOLDER / "adapters"), data.load(quick=True)
     train.main(["--quick", "--steps", "1", "--out", out])
-    finetune.main(["--quick", "--steps", "2", "--out", out, "--model", "raw,untrained,resconn-hbv"])
+    command = ["--quick", "--steps", "2", "--out", out, "--model", "raw,untrained,resconn-hbv"]
+    read = finetune.Samples.read
+    with mock.patch.object(finetune.Samples, "read", autospec=True, side_effect=read) as reads:
+        finetune.main(command)
+    hides = {(one.args[0].hide, one.args[1] is one.args[0].windows) for one in reads.mock_calls}
+    assert hides == {(0.3, False), (0.3, True), (0.0, False), (0.0, True)}  # to train, to predict
     paths = [*FOLDER.glob("adapters/runs/*.pt")]
     assert len(paths) == 3
     for path in paths:
@@ -372,14 +375,14 @@ def test_controls_do_what_their_names_say():
         e[..., unread] = 0
         assert torch.equal(model(e, *others), before) and not model.gain.requires_grad
     model, (e, *others) = network("linear")
-    before = model(e, *others)
-    e[:, 200] += torch.randn(128)
-    assert (model(e, *others) != before).any(2).any(0).nonzero().tolist() == [[200]]    # that day
-    hiding = network("lstm-hiding")[0]
-    with mock.patch.object(finetune.Predictor, "residual", lambda self, forcing, static: static):
-        hidden = hiding.residual(None, torch.ones(500, 4)).isnan()
-    assert torch.equal(hidden[:, 0], hidden[:, 1]) and not torch.equal(hidden[:, 0], hidden[:, 2])
-    assert abs(hidden[:, :3].float().mean() - 0.3) < 0.05
+    change = model(e, *others) != model(e.index_fill(1, torch.tensor(200), 0), *others)
+    assert change.any(2).any(0).nonzero().tolist() == [[200]]                   # that day
+    for variant, hide in zip(("resconn", "lstm", "resconn-shown", "lstm-hiding"), (0.3, 0, 0, 0.3)):
+        assert network(variant)[0].hide == hide
+    windows = mock.Mock(get=lambda *_: (0, torch.ones(500, 3)), static_groups=("soil", "soil", "a"))
+    some = mock.Mock(site=[0], start=[0], device="cpu", hide=0.3)
+    clay, sand, area = finetune.Samples.read(some, windows, 0)[1].isnan().float().T
+    assert torch.equal(clay, sand) and not torch.equal(clay, area) and abs(clay.mean() - 0.3) < 0.07
 
 def buckets(days, basins=2, components=2):
     """Weather with frost and drought, parameters and full stores, in float64."""
@@ -437,7 +440,6 @@ def test_buckets_get_the_weather_in_its_units_and_their_flow_is_delayed():
     flow, t = torch.eye(60)[:, 10:11], np.arange(15) + 0.5  # one wet day
     routed = hybrid.route(flow, torch.tensor([2.0]), torch.tensor([1.5]))[10:25, 0]
     np.testing.assert_allclose(routed, t * np.exp(-t / 1.5) / (t * np.exp(-t / 1.5)).sum(), 1e-5)
-
 
 # ensembles.py, predict.py, embeddings.py
 
@@ -603,7 +605,6 @@ def test_embeddings_are_written_for_every_site_and_neighbours_compared():
     x = np.random.default_rng(0).standard_normal((200, 2))
     assert embeddings.likeness(x, x[:, 0]) > 0.9 > 0.3 > embeddings.likeness(x, x[::-1, 0])
 
-
 # figures.py, growth.py, release.py
 
 def test_figures_are_drawn_of_runs_and_of_a_checkpoint():
@@ -623,7 +624,7 @@ def test_figures_are_drawn_of_runs_and_of_a_checkpoint():
     assert hidden <= {*text.split()} and "static context" not in text
     pictures = sorted(out.glob("*.png"))
     assert [path.name.split(" ")[0] for path in pictures] == [
-        "labels", "reconstruction.png", "streamflow", "streamflow"]
+        "reconstruction.png", "settings.png", "streamflow", "streamflow"]
     for path in pictures:
         assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size < 200_000, path
     [path] = out.glob("*, labelled 20*.csv")                # the metrics of each site
@@ -663,7 +664,6 @@ def test_the_released_network_returns_what_theirs_returned():
     for key in ("decoder_norm.bias", "positional_encoding.position_embedding"):
         fewer = {name: value for name, value in state.items() if name != key}
         raises("missing ['", release.from_release, fewer, 4)
-
 
 # dynamic_world.py, blocks.py, height.py
 
