@@ -41,7 +41,7 @@ class Predictor(nn.Module):
         self.settings, self.encoder, width = settings, None, settings["width"]
         variant = VARIANTS[settings["variant"]]
         self.inputs = variant.inputs
-        self.hide = 0.3 if variant.embedding else 0.0       # chance of an attribute, in training
+        self.hide = 0.3 if variant.embedding else 0.0       # chance to hide a group in training
         if variant.embedding:
             self.encoder = encoder or StefaLand(Config(**settings["config"]))
             self.encoder.requires_grad_(variant.embedding != "frozen")
