@@ -40,11 +40,11 @@ class Predictor(nn.Module):
         super().__init__()
         self.settings, self.encoder, width = settings, None, settings["width"]
         variant = VARIANTS[settings["variant"]]
-        self.inputs = variant.inputs
-        self.hide = 0.3 if variant.embedding else 0.0       # chance to hide a group in training
+        self.inputs, self.hide = variant.inputs, 0.0
         if variant.embedding:
             self.encoder = encoder or StefaLand(Config(**settings["config"]))
             self.encoder.requires_grad_(variant.embedding != "frozen")
+            self.hide = self.encoder.config.p_static        # of a group of attributes, in training
             d = self.encoder.config.d_model
             self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(4))
             self.gain = nn.Parameter(torch.tensor([1, 1, 0.3, 0.3]))

@@ -77,7 +77,7 @@ class Hiding(Predictor):
 
     def __init__(self, settings, encoder=None):
         super().__init__(settings, encoder)
-        self.hide = 0.0 if self.encoder else 0.3
+        self.hide = 0.0 if self.encoder else Config.p_static
 
 
 # shares of day and site before the layers, of day and site after them

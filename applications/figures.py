@@ -12,13 +12,12 @@ reconstruction.png  a year of weather at a site that out/pretrained.pt was not t
 Of the checkpoint it prints how much is explained (R2) of each group, hidden at the validation
 sites: attributes altogether, weather for these days. The yardstick beside it is ridge regression on
 the attributes left visible, or the mean of the day of the year at training sites. A model has the
-same colour in every figure, whatever it was pretrained on; what was observed is black.
+same colour in every figure, with all encoders unless some are compared; observed is black.
 """
 
 import math
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -236,11 +235,10 @@ def main(argv=None):
     o = parser.parse_args(argv)
     runs, panels = load_runs(o.out), defaultdict(dict)
     names = sorted(set().union(*runs.values()), key=rank)
-    kind = {}                           # name: its variant, and which of its encoders in a setting
-    for models in runs.values():
-        for variant, group in groupby(sorted(models, key=rank), lambda name: name.split("@")[0]):
-            kind |= {name: (variant, k) for k, name in enumerate(group)}
-    kinds = list(dict.fromkeys(kind[name] for name in names))
+    kind = {name: name.partition("@")[0] for name in names}
+    if any(len({kind[name] for name in models}) < len(models) for models in runs.values()):
+        kind = {name: name for name in names}               # encoders are compared: tell them apart
+    kinds = list(dict.fromkeys(kind.values()))
     colours = {name: f"C{kinds.index(kind[name]) % 10}" for name in names}
     for setting, models in runs.items():
         options = next(iter(models.values()))[0]["options"]
